@@ -19,21 +19,18 @@ BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}  # o
 # Far above any model yet published, and low enough that a hostile file cannot ask for a table without end.
 LIMITS = {
     "dim": 2**17, "n_layers": 2**10, "n_heads": 2**11, "n_kv_heads": 2**11, "head_dim": 2**11, "ffn_dim": 2**20,
-    "vocab_size": 2**22, "max_seq_len": 2**24, "original_max_seq_len": 2**24,
-    "norm_eps": 1.0, "rope_theta": 1e12, "factor": 1e6, "low_freq_factor": 1e6, "high_freq_factor": 1e6,
+    "vocab_size": 2**22, "max_seq_len": 2**24, "norm_eps": 1.0, "rope_theta": 1e12,
 }  # fmt: skip
 
 
-def _check_int(name: str, value: Any, limit: float | None = None) -> None:
-    limit = limit or LIMITS[name]
+def _check_int(name: str, value: Any, limit: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:  # True is an int in Python
         raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {reprlib.repr(value)}")
 
 
-def _check_float(name: str, value: Any) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= LIMITS[name]:  # nan is neither above 0 nor below the limit
-        raise ValueError(f"{name} must be a number above 0 and at most {LIMITS[name]:g}, got {reprlib.repr(value)}")
+def _check_float(name: str, value: Any, limit: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= limit:  # nan fails both bounds
+        raise ValueError(f"{name} must be a number above 0 and at most {limit:g}, got {reprlib.repr(value)}")
     return float(value)
 
 
@@ -41,7 +38,8 @@ def _check_float(name: str, value: Any) -> float:
 class LinearScaling:
     """Divide every position by `factor` (at least 1) before it is rotated: position interpolation.
 
-    Source: Chen et al. 2023, "Extending Context Window of Large Language Models via Positional Interpolation", eq. 3.
+    Source: Chen et al. 2023, "Extending Context Window of Large Language Models via Positional Interpolation",
+    section 2.3.
     Raises ValueError for a factor below 1 or not finite.
     """
 
@@ -68,19 +66,19 @@ class Llama3Scaling:
 
     def __post_init__(self) -> None:
         _set_scaling_floats(self, "factor", "low_freq_factor", "high_freq_factor")
-        _check_int("original_max_seq_len", self.original_max_seq_len)
+        _check_int("rope_scaling original_max_seq_len", self.original_max_seq_len, LIMITS["max_seq_len"])
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
-                "low_freq_factor must be below high_freq_factor, "
+                "rope_scaling low_freq_factor must be below high_freq_factor, "
                 f"got low_freq_factor={self.low_freq_factor} and high_freq_factor={self.high_freq_factor}"
             )
 
 
 def _set_scaling_floats(scaling: LinearScaling | Llama3Scaling, *names: str) -> None:
     for name in names:
-        object.__setattr__(scaling, name, _check_float(name, getattr(scaling, name)))
+        object.__setattr__(scaling, name, _check_float(f"rope_scaling {name}", getattr(scaling, name), 1e6))
     if scaling.factor < 1:
-        raise ValueError(f"factor must be at least 1 (it stretches the context), got {scaling.factor}")
+        raise ValueError(f"rope_scaling factor must be at least 1 (it stretches the context), got {scaling.factor}")
 
 
 SCALINGS: dict[str, type[LinearScaling] | type[Llama3Scaling]] = {"linear": LinearScaling, "llama3": Llama3Scaling}
@@ -90,7 +88,7 @@ def llama_ffn_dim(dim: int, multiple_of: int = 256, multiplier: float = 1.0) -> 
     """Width of the feed-forward layer: two thirds of 4·dim, times `multiplier`, rounded up to `multiple_of`.
 
     SwiGLU has three matrices where a plain layer has two; two thirds of the width keeps the parameters equal.
-    Source: Touvron et al. 2023 (LLaMA), section 2.2; the rounding and the multiplier are Meta's reference code.
+    Source: Touvron et al. 2023 (LLaMA), section 2.2; the rounding and the multiplier follow Meta's reference code.
     """
     return multiple_of * math.ceil(int(multiplier * (8 * dim // 3)) / multiple_of)
 
@@ -119,7 +117,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"):
-            _check_int(name, getattr(self, name))
+            _check_int(name, getattr(self, name), LIMITS[name])
         if self.head_dim is None and self.dim % self.n_heads:
             raise ValueError(
                 f"dim must be a multiple of n_heads when head_dim is not given, got dim={self.dim} and "
@@ -133,9 +131,9 @@ class ModelConfig:
         for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-            _check_int(name, getattr(self, name))
+            _check_int(name, getattr(self, name), LIMITS[name])
         for name in ("norm_eps", "rope_theta"):
-            object.__setattr__(self, name, _check_float(name, getattr(self, name)))
+            object.__setattr__(self, name, _check_float(name, getattr(self, name), LIMITS[name]))
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads must be a multiple of n_kv_heads, got n_heads={self.n_heads} and "
@@ -156,7 +154,7 @@ class ModelConfig:
     def preset(name: str) -> ModelConfig:
         """The configuration of a published model or of a toy. Raises ValueError with the nearest names."""
         if name not in PRESETS:
-            near = difflib.get_close_matches(str(name)[:64].lower(), PRESETS, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(name[:64].lower(), PRESETS, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(PRESETS)}"
             raise ValueError(f"there is no preset {reprlib.repr(name)}; {hint}")
         return PRESETS[name]
@@ -252,8 +250,8 @@ class ModelConfig:
         The first term is the "2N" rule with N = attention + feed-forward + output head (tied or not); looking up an
         embedding costs nothing. The second is queries · keys and probabilities · values. Norms, rotations, softmax
         and SiLU are left out. A dense kernel over T tokens computes every pair, so context = T for each; one that
-        skips the masked half computes about T / 2. Sources: Kaplan et al. 2020, section 2.1 and table 1 (which leaves
-        out the output head and counts T / 2); Hoffmann et al. 2022 ("Chinchilla"), appendix F (every pair, as here).
+        skips the masked half computes about T / 2. Sources: Kaplan et al. 2020, section 2.1 and table 1 (without the
+        output head, and half of the second term); Hoffmann et al. 2022, "Chinchilla", appendix F (every pair).
         """
         _check_int("context", context, LIMITS["max_seq_len"])
         parts = self.n_params_by_part()
@@ -308,9 +306,9 @@ _TABLE = {
     # Llama 3.2: the model card and each checkpoint's config
     "llama3.2-1b":  (2048, 16, 32, 8, 64, 8192, 128256, 131072, 1e-5, 5e5, _LLAMA32, True),
     "llama3.2-3b":  (3072, 28, 24, 8, 128, 8192, 128256, 131072, 1e-5, 5e5, _LLAMA32, True),
-    # TinyLlama: Zhang et al. 2024, table 1
+    # TinyLlama: Zhang et al. 2024, section 2.2
     "tinyllama-1.1b": (2048, 22, 32, 4, 64, 5632, 32000, 2048, 1e-5, 1e4, None, False),
-    # SmolLM2: Ben Allal et al. 2025, section 6 (small ones) and appendix A (1.7B); theta from each checkpoint's config
+    # SmolLM2: Ben Allal et al. 2025; widths and theta from each checkpoint's config
     "smollm2-135m": (576, 30, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, None, True),
     "smollm2-360m": (960, 32, 15, 5, 64, 2560, 49152, 8192, 1e-5, 1e5, None, True),
     "smollm2-1.7b": (2048, 24, 32, 32, 64, 8192, 49152, 8192, 1e-5, 1.3e5, None, True),
