@@ -1,0 +1,89 @@
+"""Attention (chapter 04): every token asks a question, and takes from the tokens before it in the measure that they answer.
+
+Letters: B batch, T new tokens, S all tokens seen so far (S ≥ T), H query heads, K key/value heads, D head_dim.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillama.config import ModelConfig
+from minillama.rope import rotate
+
+
+class LayerCache(Protocol):
+    """What attention needs of a cache: put this step's keys and values away, get all of them back."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def causal_mask(new: int, total: int, device: torch.device | None = None) -> Tensor:
+    """(new, total) booleans, True where a token may look: at itself and at all before it.
+
+    The new tokens are the last ones, so row t sees `total - new + t + 1` columns.
+    """
+    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, from (B, T, dim) to (B, T, dim).
+
+    `softmax(q kᵀ / sqrt(D) + mask) v` for every head; H/K query heads share one key/value head.
+    Sources: Vaswani et al. 2017, equation 1; Ainslie et al. 2023, "GQA".
+
+    Two paths give the same result: the readable one passes the probabilities (B, H, T, S) through `self.tap`, where a
+    hook can look at them or change them; the fast one never makes them. `self.fast` chooses.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.tap = nn.Identity()
+        self.fast = True
+
+    def forward(
+        self,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """`turn`: cosines and sines from `rope.rotation`. `mask`: (B, 1, T, S) booleans, or None for plain causal."""
+        q = rotate(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim)), turn).transpose(1, 2)  # (B, H, T, D)
+        k = rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim)), turn).transpose(1, 2)  # (B, K, T, D)
+        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, K, S, D)
+        attend = self.attend_fast if self.fast else self.attend
+        return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The readable path: q (B, H, T, D), k and v (B, K, S, D), to (B, H, T, D)."""
+        groups = self.n_heads // self.n_kv_heads
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
+        if mask is None:
+            mask = causal_mask(q.shape[2], k.shape[2], q.device)
+        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # (B, H, T, S)
+        probabilities = scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype)
+        return self.tap(probabilities) @ v
+
+    def attend_fast(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The same through PyTorch's fused kernels, which never hold the T×S matrix as a whole."""
+        new, total = q.shape[2], k.shape[2]
+        groups = self.n_heads // self.n_kv_heads
+        if new == 1:
+            # One new token sees everything, so the query heads of a group can stand in the time axis: its keys and
+            # values are read once for the whole group, not copied for each head.
+            folded = F.scaled_dot_product_attention(q.view(-1, self.n_kv_heads, groups, self.head_dim), k, v, mask)
+            return folded.reshape(q.shape)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        if mask is None and new < total:
+            mask = causal_mask(new, total, q.device)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)

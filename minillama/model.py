@@ -1,0 +1,88 @@
+"""LLaMA (chapter 07): embed the tokens, pass them through the blocks, norm, score every token of the vocabulary.
+
+One class from a toy to a full checkpoint; only the config changes.
+Source: Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models", section 2.2.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from minillama.attention import Attention
+from minillama.config import ModelConfig
+from minillama.embedding import Embedding
+from minillama.feedforward import FeedForward
+from minillama.norm import RMSNorm
+from minillama.rope import frequencies, rotation
+
+if TYPE_CHECKING:  # the model takes a cache, and knows nothing of its making
+    from minillama.cache import KVCache
+
+
+class Block(nn.Module):
+    """One layer: two lines, each of which adds something to the residual stream (B, T, dim)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.feedforward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feedforward = FeedForward(config)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache=None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), turn, mask, cache)
+        x = x + self.feedforward(self.feedforward_norm(x))
+        return x
+
+
+class Llama(nn.Module):
+    """A language model: `model(tokens)` scores, after every token, what the next one could be.
+
+    tokens (B, T) int64 → logits (B, T, vocab_size). With a `cache`, the tokens are the ones that follow those already
+    in it. `config` says everything about its shape.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.register_buffer("frequency", frequencies(config), persistent=False)
+        self.initialize()
+
+    def forward(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        return self.scores(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """tokens (B, T) → the last block's output after the final norm (B, T, dim)."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens have the shape {tuple(tokens.shape)}, expected (batch, time): add a batch axis.")
+        if cache is None:
+            positions, mask = torch.arange(tokens.shape[1], device=tokens.device), None
+        else:
+            positions, mask = cache.advance(tokens.shape[1])
+        turn = rotation(self.frequency, positions)
+        x = self.embedding(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, turn, mask, None if cache is None else cache.layers[i])
+        return self.norm(x)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Normed vectors (..., dim) → logits (..., vocab_size)."""
+        return self.embedding.scores(x) if self.output is None else self.output(x)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Small random weights; what writes into the residual stream starts at zero, so each block starts as the identity.
+
+        A block that begins by adding nothing lets the gradient through unharmed at any depth, and the toy's loss falls
+        faster for it. Source: Zhang et al. 2019, "Fixup Initialization", section 3.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith(("wo.weight", "down.weight")):
+                parameter.zero_()
+            elif parameter.dim() == 2:
+                parameter.normal_(std=0.02)
