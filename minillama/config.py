@@ -154,7 +154,7 @@ class ModelConfig:
     def preset(name: str) -> ModelConfig:
         """The configuration of a published model or of a toy. Raises ValueError with the nearest names."""
         if name not in PRESETS:
-            near = difflib.get_close_matches(name[:64].lower(), PRESETS, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(PRESETS)}"
             raise ValueError(f"there is no preset {reprlib.repr(name)}; {hint}")
         return PRESETS[name]
@@ -219,7 +219,7 @@ class ModelConfig:
         For "int8" and "int4" these are the raw bits only: the scales that each group of quantized weights carries
         come on top (one float16 scale for 32 weights adds 0.5 bit a weight), and norms usually stay in floats.
         """
-        return math.ceil(self.n_params() * _bits(dtype) / 8)
+        return _bytes(self.n_params(), dtype)
 
     def kv_cache_bytes(self, batch: int, tokens: int, dtype: str) -> int:
         """Memory of a full key/value cache: 2 · L · B · T · K · D numbers (the 2: keys and values).
@@ -229,8 +229,7 @@ class ModelConfig:
         """
         _check_int("batch", batch, 2**24)
         _check_int("tokens", tokens, LIMITS["max_seq_len"])
-        numbers = 2 * self.n_layers * batch * tokens * self.n_kv_heads * self.head_dim
-        return math.ceil(numbers * _bits(dtype) / 8)
+        return _bytes(2 * self.n_layers * batch * tokens * self.n_kv_heads * self.head_dim, dtype)
 
     def training_bytes(self, dtype: str = "float32") -> int:
         """Memory of training with AdamW, without activations: weights, gradients and two moments, 4 · bytes(dtype).
@@ -260,10 +259,10 @@ class ModelConfig:
         return 3 * forward if training else forward
 
 
-def _bits(dtype: str) -> int:
+def _bytes(numbers: int, dtype: str) -> int:
     if dtype not in BITS:
         raise ValueError(f"dtype must be one of {', '.join(BITS)}, got {reprlib.repr(dtype)}")
-    return BITS[dtype]
+    return (numbers * BITS[dtype] + 7) // 8  # in whole numbers: a float is exact only up to 2**53
 
 
 def _check_keys(what: str, fields: Any, names: Iterable[str]) -> None:
@@ -271,7 +270,7 @@ def _check_keys(what: str, fields: Any, names: Iterable[str]) -> None:
         raise ValueError(f"{what} must be a dictionary, got {reprlib.repr(fields)}")
     for key in fields:
         if key not in names:
-            near = difflib.get_close_matches(str(key)[:64].lower(), names, n=1)
+            near = difflib.get_close_matches(str(key).lower(), names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(names)}"
             raise ValueError(f"{what} has the unknown key {reprlib.repr(key)}; {hint}")
     missing = [name for name in names if name not in fields]

@@ -295,11 +295,17 @@ def test_every_preset_of_a_published_model_has_its_total():
 @pytest.mark.parametrize(
     ("prefix", "context", "eps", "theta", "scaling", "tied"),
     [
+        ("llama-7b", 2048, 1e-6, 1e4, None, False),
+        ("llama-13b", 2048, 1e-6, 1e4, None, False),
+        ("llama-30b", 2048, 1e-6, 1e4, None, False),
+        ("llama-65b", 2048, 1e-5, 1e4, None, False),  # the only one of the first LLaMA with the larger eps
         ("llama2-", 4096, 1e-5, 1e4, None, False),
         ("llama3-", 8192, 1e-5, 5e5, None, False),
         ("llama3.1-", 131072, 1e-5, 5e5, Llama3Scaling(8.0, 1.0, 4.0, 8192), False),
         ("llama3.2-", 131072, 1e-5, 5e5, Llama3Scaling(32.0, 1.0, 4.0, 8192), True),
         ("tinyllama-", 2048, 1e-5, 1e4, None, False),
+        ("smollm2-135m", 8192, 1e-5, 1e5, None, True),
+        ("smollm2-360m", 8192, 1e-5, 1e5, None, True),
         ("smollm2-1.7b", 8192, 1e-5, 1.3e5, None, True),
     ],
 )
@@ -309,11 +315,6 @@ def test_presets_have_what_the_count_of_parameters_cannot_show(prefix, context, 
     for c in family:
         assert (c.max_seq_len, c.norm_eps, c.rope_theta) == (context, eps, theta)
         assert (c.rope_scaling, c.tie_embeddings) == (scaling, tied)
-
-
-def test_only_the_largest_first_llama_has_the_larger_eps():
-    eps = {name: config.norm_eps for name, config in PRESETS.items() if name.startswith("llama-")}
-    assert eps == {"llama-7b": 1e-6, "llama-13b": 1e-6, "llama-30b": 1e-6, "llama-65b": 1e-5}
 
 
 def test_heads_are_of_the_published_size():
@@ -430,6 +431,7 @@ def test_kv_cache_holds_keys_and_values_of_the_kv_heads_only():
     assert ModelConfig.preset("llama3-8b").kv_cache_bytes(1, 1, "bfloat16") == 128 * 1024
     assert ModelConfig.preset("llama-7b").kv_cache_bytes(1, 1, "float16") == 512 * 1024
     assert ODD.kv_cache_bytes(batch=3, tokens=5, dtype="float32") == 2 * 2 * 3 * 5 * 2 * 10 * 4
+    assert ODD.kv_cache_bytes(2**24, 2**24, "float32") == 2 * 2 * 2**48 * 2 * 10 * 4
     assert ODD.kv_cache_bytes(3, 5, "int8") == 2 * 2 * 3 * 5 * 2 * 10
 
 
