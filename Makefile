@@ -24,7 +24,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 lab: .venv/installed .venv/real-model ## open the course in JupyterLab (LAB_FLAGS='--port 9999' adds flags)
-	$(VENV) -m jupyterlab chapters/00_start_here.ipynb $(AS_ROOT) $(NO_SCREEN) $(LAB_FLAGS)
+	$(VENV) -m jupyterlab --LabApp.default_url=/lab/tree/chapters/00_start_here.ipynb $(AS_ROOT) $(NO_SCREEN) $(LAB_FLAGS)
 
 test: .venv/installed .venv/real-model lint ## lint, then run all tests and notebooks (TEST_FLAGS='-k rope' adds flags)
 	# Two workers of one thread each: with more threads they only get in each other's way.

@@ -85,7 +85,7 @@ At home, {child} looked in the [kitchen~厨房|bedroom~卧室|attic~阁楼|hall~
 But one {time:times}, {child} dropped the {thing} on the [stairs~楼梯|floor~地板|road~马路|stones~石头], and it broke. ~ 可是一天{time}，{child}把{thing}掉在{1}上，摔坏了。
 {They} put the pieces in a [box~盒子|bag~袋子|jar~罐子|bucket~水桶] and hid it {spot:spots}. ~ {they}把碎片放进一个{1}，藏在{spot}。
 Soon {their} friend {friend:names} came by with some {tool:tools}. ~ 不久，{their}朋友{friend}带着一些{tool}来了。
-"[Can you mend it~你能修好它吗|Is it too late~太晚了吗|Will you help me~你能帮我吗|Do you see the cracks~你看到裂缝了吗]?" asked {child}, and fetched it from its place {spot}. ~ “{1}？”{child}问，并从{spot}把它取来。
+"[Can you mend it~你能修好它吗|Is it too late~太晚了吗|Will you help me~你能帮我吗|Do you see the cracks~你看到裂缝了吗]?" asked {child}. All of it was still {spot}. ~ “{1}？”{child}问。碎片全都还在{spot}。
 {friend} worked [for an hour~一个小时|all day~一整天|very slowly~慢慢地|with great care~非常小心地], and with the {tool} the {colour} {thing} [was as good as new.{=mood happy}*2~就像新的一样。|fell apart again.{=mood sad}~又散开了。] ~ {friend}{1}修理，用了{tool}，{colour}{thing}{2}
 """,
     "shared": """
@@ -98,14 +98,14 @@ Then {child} thought of what {their} {giver} always said: "[Be kind~要善良|A 
     "hidden": """
 On a [sunny~晴朗|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:times}, {child} and {friend:names} played a game. ~ 在一个{1}的{time}，{child}和{friend}玩游戏。
 {child} hid the {thing} {spot:spots}, and {friend} had to find it. ~ {child}把{thing}藏在{spot}，让{friend}去找。
-"Is it {guess:spots}?" asked {friend}. "[No~不是|Cold~不对|Try again~再试试]," said {child}. ~ “在{guess}吗？”{friend}问。“{1}，”{child}说。
-"Then it must be {hunch:spots}!" [shouted~喊道|whispered~小声说|guessed~猜道] {friend}, but {friend.they} was wrong. ~ “那一定在{hunch}！”{friend}{1}，可是{friend.they}猜错了。
-[At last {friend} looked {spot} and found the {colour} {thing}.{=mood happy}~最后{friend}往{spot}一看，找到了{colour}{thing}。|"I give up," said {friend}, so {child} fetched the {colour} {thing} from its place {spot}.{=mood proud}~“我认输了，”{friend}说，于是{child}从{spot}拿来了{colour}{thing}。] ~ {1}
+"Is it {guess:spots}?" asked {friend}. "[No~不是|Cold~不对|Wrong~错了|Never~才不是]!" ~ “在{guess}吗？”{friend}问。“{1}！”
+"Then {hunch:spots}!" [shouted~喊道|whispered~小声说|guessed~猜道] {friend}, but {friend.they} was wrong. ~ “那一定在{hunch}！”{friend}{1}，可是{friend.they}猜错了。
+[At last {friend} looked {spot} and found the {colour} {thing}.{=mood happy}~最后{friend}往{spot}一看，找到了{colour}{thing}。|"I give up," said {friend}, so {child} showed the {colour} {thing} {spot}.{=mood proud}~“我认输了，”{friend}说，于是{child}从{spot}拿来了{colour}{thing}。] ~ {1}
 """,
     "rescue": """
 While walking to the {place:places}, {child} heard a [cry~哭声|squeak~吱吱声|soft voice~轻轻的声音|splash~水声]. ~ 在去{place}的路上，{child}听到了{1}。
 A [tiny~小小|wet~湿湿|hungry~饥饿|frightened~害怕] {animal:animals} was stuck {spot:spots}. ~ 一只{1}的{animal}被困在{spot}。
-{child} called {friend:names}, who came with a [rope~绳子|ladder~梯子|net~网|stick~棍子]. ~ {child}叫来了{friend}，{friend.they}带着{1}。
+{child} called {friend:names}, who brought a [rope~绳子|ladder~梯子|net~网|stick~棍子]. ~ {child}叫来了{friend}，{friend.they}带着{1}。
 Together they knelt {spot} and held out the {colour} {thing}. ~ 他们一起跪在{spot}，递出{colour}{thing}。
 [The {animal} climbed on it and was safe at last.{=mood proud}*2~{animal}爬了上去，终于安全了。|But the {animal} only [hissed~叫了一声|shivered~发抖] and would not let them help.{=mood sad}~可是{animal}只是{1}，不让他们帮忙。] ~ {1}
 """,
