@@ -48,9 +48,9 @@ _WORDS = {
     "hobbies": """sing songs~唱歌, paint pictures~画画, climb trees~爬树, count stars~数星星, bake bread~烤面包,
         read stories~读故事, plant flowers~种花, dance~跳舞, swim~游泳, tell jokes~讲笑话, play chess~下棋,
         ride a bike~骑自行车, build towers~搭高塔, catch fish~钓鱼, collect shells~收集贝壳, draw maps~画地图""",
-    "spots": """under a tree~树下, behind a rock~石头后面, on a bench~长椅上, near the gate~大门旁边, in the tall grass~高草丛里,
-        beside a well~井边, under the bridge~桥下, behind the shed~棚子后面, on top of a wall~墙头上, in a hollow log~空心木头里,
-        next to a fence~篱笆旁边, between two bushes~两丛灌木之间""",
+    "spots": """under the tree~树下, behind the rock~石头后面, on the bench~长椅上, near the gate~大门旁边, in the tall grass~高草丛里,
+        beside the well~井边, under the bridge~桥下, behind the shed~棚子后面, on top of the wall~墙头上, in the hollow log~空心木头里,
+        next to the fence~篱笆旁边, between the bushes~灌木丛之间""",
     "times": "morning 早上, afternoon 下午, evening 傍晚, night 夜里",
     "tools": "glue 胶水, tape 胶带, string 绳子, thread 线, paste 浆糊, wire 铁丝",
     "foods": """carrot 胡萝卜 根, nut 坚果 颗, cookie 饼干 块, pear 梨 个, cherry 樱桃 颗, pancake 煎饼 张, banana 香蕉 根,
@@ -70,23 +70,23 @@ MOODS = ("happy", "sad", "proud", "sorry", "angry")
 _OPENING = """
 [Once upon a time~从前|Long ago~很久以前|Not so long ago~不久以前|In a land far away~在一个遥远的地方], there was a [little*3~小小|kind*2~善良|brave~勇敢|shy~害羞|clever~聪明|funny~有趣|quiet~安静] child named {child:names}. ~ {1}，有一个{2}的孩子，名叫{child}。
 {They} lived {home:homes} and [loved~最爱|liked~喜欢] to {hobby:hobbies}. ~ {they}住在{home}，{1}{hobby}。
-[One day*2~有一天|For {their} birthday~生日那天|Last spring~去年春天|To say thank you~为了表示感谢], {their} {giver:family} [gave*2~送给|bought~买给|made~做给] {them} a [big*2~大大|small*2~小小|shiny~闪亮|lovely~可爱|brand new~崭新] {colour:colours} {thing:things}. ~ {1}，{their}{giver}{2}{them}一{measure}{3}的{colour}{thing}。
+[One day*2~有一天|For {their} birthday~生日那天|Last spring~去年春天|To say thank you~为了表示感谢], {their} {giver:family} [gave*2~送给{them}|bought~给{them}买了|made~给{them}做了] {them} a [big*2~大大|small*2~小小|shiny~闪亮|lovely~可爱|brand new~崭新] {colour:colours} {thing:things}. ~ {1}，{their}{giver}{2}一{measure}{3}的{colour}{thing}。
 """
 
 _PLOTS = {
     "lost": """
 The next {time:times}, {child} took the {thing} to the {place:places} and left it {spot:spots}. ~ 第二天{time}，{child}把{thing}带到{place}，放在了{spot}。
-{They} played with {friend:names} until [lunch~吃午饭|dinner~吃晚饭|the bell rang~铃声响起|it began to rain~开始下雨]. ~ {they}和{friend}一直玩到{1}。
+{They} played with {friend:names} until [it was late~很晚|they got tired~累了|the bell rang~铃声响起|it began to rain~开始下雨]. ~ {they}和{friend}一直玩到{1}。
 At home, {child} looked in the [kitchen~厨房|bedroom~卧室|attic~阁楼|hall~走廊] and found only a [sock~一只袜子|spoon~一把勺子|button~一颗纽扣|leaf~一片叶子|coin~一枚硬币]. ~ 回到家，{child}在{1}里找，只找到{2}。
 "[Think hard~好好想想|Do not worry~别担心|Wait a moment~等一下|Let us go back~我们回去吧]," said {friend}. ~ “{1}，”{friend}说。
 [They ran back, and the {colour} {thing} was still {spot}!{=mood happy}*2~他们跑回去，{colour}{thing}还在{spot}！|They searched {spot}, but the {colour} {thing} was gone forever.{=mood sad}~他们去{spot}找，可是{colour}{thing}永远不见了。] ~ {1}
 """,
     "broken": """
-But one {time:times}, {child} dropped the {thing} on the [stairs~楼梯|floor~地板|road~马路|stones~石头], and it broke. ~ 可是一天{time}，{child}把{thing}掉在{1}上，摔坏了。
+But one {time:times}, {child} dropped the {thing} on the [stairs~楼梯|floor~地板|road~马路|stones~石头], and it came apart. ~ 可是一天{time}，{child}把{thing}掉在{1}上，摔散了。
 {They} put the pieces in a [box~盒子|bag~袋子|jar~罐子|bucket~水桶] and hid it {spot:spots}. ~ {they}把碎片放进一个{1}，藏在{spot}。
 Soon {their} friend {friend:names} came by with some {tool:tools}. ~ 不久，{their}朋友{friend}带着一些{tool}来了。
-"[Can you mend it~你能修好它吗|Is it too late~太晚了吗|Will you help me~你能帮我吗|Do you see the cracks~你看到裂缝了吗]?" asked {child}. All of it was still {spot}. ~ “{1}？”{child}问。碎片全都还在{spot}。
-{friend} worked [for an hour~一个小时|all day~一整天|very slowly~慢慢地|with great care~非常小心地], and with the {tool} the {colour} {thing} [was as good as new.{=mood happy}*2~就像新的一样。|fell apart again.{=mood sad}~又散开了。] ~ {friend}{1}修理，用了{tool}，{colour}{thing}{2}
+"[Can you mend it~你能修好它吗|Is it too late~太晚了吗|Will you help me~你能帮我吗|Do you know how~你知道怎么修吗]?" asked {child}. Every piece was still {spot}. ~ “{1}？”{child}问。碎片全都还在{spot}。
+{friend} worked [for an hour~修了一个小时|all day~修了一整天|very slowly~慢慢地修|with great care~非常小心地修], and with the {tool} the {colour} {thing} [was as good as new.{=mood happy}*2~变得像新的一样。|fell apart again.{=mood sad}~又散开了。] ~ {friend}{1}，用了{tool}，{colour}{thing}{2}
 """,
     "shared": """
 At the {place:places}, a child named {friend:names} sat {spot:spots} and saw the {thing}. ~ 在{place}，一个叫{friend}的孩子坐在{spot}，看见了{thing}。
@@ -96,7 +96,7 @@ Then {child} thought of what {their} {giver} always said: "[Be kind~要善良|A 
 [So the two took turns with the {colour} {thing} until it was dark.{=mood happy}*2~于是两个人轮流玩{colour}{thing}，一直玩到天黑。|When {they} went back with the {colour} {thing}, nobody was {spot}.{=mood sorry}~当{they}拿着{colour}{thing}回去时，{spot}已经没有人了。] ~ {1}
 """,
     "hidden": """
-On a [sunny~晴朗|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:times}, {child} and {friend:names} played a game. ~ 在一个{1}的{time}，{child}和{friend}玩游戏。
+On a [warm~温暖|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:times}, {child} and {friend:names} played a game. ~ 在一个{1}的{time}，{child}和{friend}玩游戏。
 {child} hid the {thing} {spot:spots}, and {friend} had to find it. ~ {child}把{thing}藏在{spot}，让{friend}去找。
 "Is it {guess:spots}?" asked {friend}. "[No~不是|Cold~不对|Wrong~错了|Never~才不是]!" ~ “在{guess}吗？”{friend}问。“{1}！”
 "Then {hunch:spots}!" [shouted~喊道|whispered~小声说|guessed~猜道] {friend}, but {friend.they} was wrong. ~ “那一定在{hunch}！”{friend}{1}，可是{friend.they}猜错了。
@@ -104,14 +104,14 @@ On a [sunny~晴朗|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:ti
 """,
     "rescue": """
 While walking to the {place:places}, {child} heard a [cry~哭声|squeak~吱吱声|soft voice~轻轻的声音|splash~水声]. ~ 在去{place}的路上，{child}听到了{1}。
-A [tiny~小小|wet~湿湿|hungry~饥饿|frightened~害怕] {animal:animals} was stuck {spot:spots}. ~ 一只{1}的{animal}被困在{spot}。
+A [tiny~小小|wet~湿湿|hungry~饥饿|frightened~受惊] {animal:animals} was stuck {spot:spots}. ~ 一只{1}的{animal}被困在{spot}。
 {child} called {friend:names}, who brought a [rope~绳子|ladder~梯子|net~网|stick~棍子]. ~ {child}叫来了{friend}，{friend.they}带着{1}。
-Together they knelt {spot} and held out the {colour} {thing}. ~ 他们一起跪在{spot}，递出{colour}{thing}。
-[The {animal} climbed on it and was safe at last.{=mood proud}*2~{animal}爬了上去，终于安全了。|But the {animal} only [hissed~叫了一声|shivered~发抖] and would not let them help.{=mood sad}~可是{animal}只是{1}，不让他们帮忙。] ~ {1}
+Together they stood {spot} and held out the {colour} {thing}. ~ 他们一起站在{spot}，递出{colour}{thing}。
+[The {animal} grabbed it and was safe at last.{=mood proud}*2~{animal}抓住了它，终于安全了。|But the {animal} only [stared~瞪着眼|shivered~发抖] and would not let them help.{=mood sad}~可是{animal}只是{1}，不让他们帮忙。] ~ {1}
 """,
     "gift": """
 Soon it was the birthday of {friend:names}, and {child} had no present. ~ 不久就是{friend}的生日了，{child}没有礼物。
-{They} thought of a [cake~蛋糕|song~歌|card~卡片|flower~花], but that was [too small~太小|not enough~不够|too easy~太简单|soon gone~很快就没]. ~ {they}想到了{1}，但是那{2}了。
+{They} thought of a [cake~蛋糕|song~歌|card~卡片|flower~花], but that was [too small~太小了|not enough~还不够|too easy~太简单了|soon gone~很快就没了]. ~ {they}想到了{1}，但是那{2}。
 So {they} wrapped up the {thing} and kept it {spot:spots} until the party. ~ 于是{they}把{thing}包起来，放在{spot}，一直等到聚会。
 At the party, a {animal:animals} [danced~跳起舞来|sang~唱起歌来|ate the cake~吃掉了蛋糕|fell asleep~睡着了], and everyone laughed. ~ 聚会上，一只{animal}{1}，大家都笑了。
 [From its place {spot}, {child} brought the {colour} {thing}, and {friend} hugged {them}.{=mood proud}*2~{child}从{spot}拿来{colour}{thing}，{friend}拥抱了{them}。|But {spot}, rain had spoiled the {colour} {thing} for {friend}.{=mood sad}~可是在{spot}，雨水把要送给{friend}的{colour}{thing}弄坏了。] ~ {1}
@@ -126,9 +126,9 @@ The {animal} [ate the {food} and gave the {colour} {thing} back.{=mood happy}*2~
     "storm": """
 That {time:times} a storm came, and the wind blew the {thing} [over the roof~飞过屋顶|out of the yard~飞出院子|into the sky~飞上天空|down the street~沿街飞走]. ~ 那天{time}来了一场暴风雨，风把{thing}吹得{1}。
 From the window, {child} saw it land {spot:spots}. ~ {child}从窗户看见它落在{spot}。
-When the sun came out, {they} put on {their} [boots~靴子|gloves~手套|raincoat~雨衣|old shoes~旧鞋] and called {friend:names}. ~ 太阳出来时，{they}穿戴好{1}，叫上了{friend}。
+When the sun came out, {they} put on {their} [boots~穿上靴子|gloves~戴上手套|raincoat~穿上雨衣|old shoes~穿上旧鞋] and called {friend:names}. ~ 太阳出来时，{they}{1}，叫上了{friend}。
 On the way they met a {animal:animals} and [waved to it~向它挥手|asked it for help~请它帮忙|fed it some bread~喂它面包|took it along~带上了它]. ~ 路上他们遇到一只{animal}，{1}。
-[The {colour} {thing} was {spot}, wet but whole.{=mood happy}*2~{colour}{thing}在{spot}，湿了，但是完好。|Only a scrap of the {colour} {thing} was left {spot}.{=mood sad}~{spot}只剩下{colour}{thing}的一小块。] ~ {1}
+[The {colour} {thing} was {spot}, wet but whole.{=mood happy}*2~{colour}{thing}在{spot}，湿了，但是完好。|Only a piece of the {colour} {thing} was left {spot}.{=mood sad}~{spot}只剩下{colour}{thing}的一小块。] ~ {1}
 """,
     "swapped": """
 Near the {place:places}, {child} met {friend:names}, who had a {other:colours} {thing}. ~ 在{place}附近，{child}遇到了{friend}，{friend.they}有一{measure}{other}{thing}。
@@ -147,13 +147,13 @@ Playing with the {thing} indoors, {child} broke a {item:items}. ~ {child}在屋�
 }
 
 _ENDING = """
-[That night~那天晚上|In the end~最后|After that~在那之后|Back home~回到家], {child} felt [very*2~非常|so~好|quite~相当|a little~有点] {feeling:moods}. ~ {1}，{child}感到{2}{feeling}。
-[The next day~第二天|A week later~一周后|When summer came~夏天来了|From then on~从那以后], {child} and {friend} went to {hobby} [with {their} {giver}~和{their}{giver}一起|after school~放学后|before breakfast~在早饭前|in the sun~在阳光下]. ~ {1}，{child}和{friend}{2}去{hobby}。
+[That night~那天晚上|In the end~最后|After that~在那之后|Back home~回到家], {child} felt [very*2~非常|so~特别|quite~相当|a little~有点] {feeling:moods}. ~ {1}，{child}感到{2}{feeling}。
+[The next day~第二天|A week later~一周后|When summer came~夏天来了|From then on~从那以后], {child} and {friend} went to {hobby} [with {their} {giver}~跟{their}{giver}一起|after school~放学后|before breakfast~在早饭前|together again~又一起]. ~ {1}，{child}和{friend}{2}去{hobby}。
 """
 
 _SUMMARIES = {
     "lost": "{child} left the {colour} {thing} {spot} at the {place}. ~ {child}把{colour}{thing}忘在了{place}的{spot}。",
-    "broken": "{child} broke the {colour} {thing}, and {friend} tried to mend it with {tool}. ~ {child}摔坏了{colour}{thing}，{friend}用{tool}修理它。",
+    "broken": "{child} broke the {colour} {thing}, and {friend} tried to mend it with {tool}. ~ {child}摔散了{colour}{thing}，{friend}用{tool}修理它。",
     "shared": "{friend} wanted to play with the {colour} {thing}, and {child} said no at first. ~ {friend}想玩{colour}{thing}，{child}一开始不肯。",
     "hidden": "{child} hid the {colour} {thing} {spot}, and {friend} looked for it. ~ {child}把{colour}{thing}藏在{spot}，{friend}去找。",
     "rescue": "{child} and {friend} tried to save a {animal} with the {colour} {thing}. ~ {child}和{friend}想用{colour}{thing}救一只{animal}。",
@@ -170,8 +170,8 @@ _QUESTIONS = {
     "friend": ("Who was the friend of {child}?", "{friend}"),
     "home": ("Where did {child} live?", "{home}"),
     "hobby": ("What did {child} do for fun?", "{hobby}"),
-    "animal": ("Which animal was there?", "a {animal}"),
-    "place": ("Which place did {child} visit?", "the {place}"),
+    "animal": ("Which animal is in the story?", "a {animal}"),
+    "place": ("Which place is in the story?", "the {place}"),
     "tool": ("What did {friend} use?", "{tool}"),
     "food": ("What did {friend} offer?", "a {food}"),
     "item": ("What did {child} break?", "a {item}"),
