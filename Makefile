@@ -26,8 +26,8 @@ help: ## show this list
 lab: .venv/installed .venv/real-model ## open the course in JupyterLab (LAB_FLAGS='--port 9999' adds flags)
 	$(VENV) -m jupyterlab --LabApp.default_url=/lab/tree/chapters/00_start_here.ipynb $(AS_ROOT) $(NO_SCREEN) $(LAB_FLAGS)
 
+# Two workers of one thread each: with more threads they only get in each other's way.
 test: .venv/installed .venv/real-model lint ## lint, then run all tests and notebooks (TEST_FLAGS='-k rope' adds flags)
-	# Two workers of one thread each: with more threads they only get in each other's way.
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile $(TEST_FLAGS)
 
 lint: .venv/installed ## check the style of code and notebooks (ruff) and the package's types (mypy)
