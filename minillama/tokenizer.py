@@ -1,0 +1,474 @@
+"""Text to tokens and back.
+
+A token is a short string of bytes with a number, its id; a tokenizer cuts any text into tokens and joins them again.
+Both kinds here are byte-pair encodings (BPE; Sennrich et al. 2016, arXiv:1508.07909): start from single characters and
+join, again and again, the neighbouring pair that was learned first. They differ in where they start:
+
+- `SentencePieceTokenizer` starts from characters, and writes a character it has never seen as its UTF-8 bytes
+  (Kudo and Richardson 2018, arXiv:1808.06226). LLaMA 1 and 2 (arXiv:2302.13971, section 2.1), and the toy.
+- `BPETokenizer` cuts the text into words first and starts from bytes (GPT-2, Radford et al. 2019). Llama 3 and SmolLM2.
+
+A *control token* (`<s>`, `<|im_end|>`) has no bytes. It marks where a text or a turn of a chat begins and ends, so text
+that only looks like one is text: nobody ends another's turn by typing `<|im_end|>`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import operator
+import os
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Library
+
+ROLES = ("system", "user", "assistant")
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>")  # ChatML's and Llama 3's: generation stops here as well as at EOS
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of token: SentencePiece and GGUF agree
+MAX_FILE_BYTES = 200_000_000  # the largest published tokenizer file is a tenth of this
+
+
+class Tokenizer:
+    """What the two kinds share: bytes to text, control tokens, chat.
+
+    vocab_size: number of tokens; ids go from 0 to vocab_size - 1.
+    bos_id, eos_id: the control tokens that begin (None: there is none) and end a text.
+    pad_id: fills up the shorter rows of a batch; equals eos_id where a model brought none, so mask by length, not id.
+    stop_ids: generation stops at any of these.
+    add_bos: the model expects its prompts to begin with BOS (LLaMA: yes; SmolLM2: no).
+    system: the system message that `chat` puts before a conversation without one (None: no message).
+    """
+
+    def __init__(self, tokens: list[str], contents: list[bytes | None], *, bos_id: int | None, eos_id: int | None,
+                 pad_id: int | None, add_bos: bool, space_prefix: bool = False, system: str | None = None) -> None:
+        """contents: the bytes of each token, None for a control token. space_prefix: a text is encoded with one space
+        before it, so that its first word is the same token as anywhere else; decoding takes the space off again."""
+        self.vocab_size = len(tokens)
+        token, count = Counter(["", *tokens]).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"the vocabulary has {token!r} {count} times; tokens must differ, and none may be empty")
+        for name, i in (("bos_id", bos_id), ("eos_id", eos_id), ("pad_id", pad_id)):
+            if i is not None and not 0 <= i < self.vocab_size:
+                raise ValueError(f"{name} is {i}, but the vocabulary has {self.vocab_size} tokens")
+        if eos_id is None:
+            raise ValueError("the vocabulary names no EOS token; without one no text ever ends")
+        self._tokens, self._contents, self._space_prefix = tokens, contents, space_prefix
+        self._control = {token: i for i, token in enumerate(tokens) if contents[i] is None}
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, eos_id if pad_id is None else pad_id
+        self.stop_ids = frozenset({eos_id} | {self._control[token] for token in END_OF_TURN if token in self._control})
+        self.add_bos, self.system = add_bos and bos_id is not None, system
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Ids of plain text, not empty; never a control token."""
+        raise NotImplementedError
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's file(s) into `folder`, for `load_tokenizer`."""
+        raise NotImplementedError
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False, control: bool = False) -> list[int]:
+        """The ids of `text`, with BOS before and EOS after it if asked for.
+
+        control: text that spells a control token becomes that token. Leave it off for text that somebody typed.
+        Raises ValueError for a value that is not a str, and for text that has no UTF-8 form (a lone surrogate).
+        """
+        ids: list[int] = []
+        if bos:
+            if self.bos_id is None:
+                raise ValueError("bos=True, but this tokenizer has no BOS token")
+            ids.append(self.bos_id)
+        at_start, text = self._space_prefix, _check_text(text)
+        for n, part in enumerate(self._control_pattern.split(text) if control else [text]):
+            if n % 2:  # re.split puts the matches, the control tokens, at the odd places
+                ids.append(self._control[part])
+                at_start = at_start and ids[-1] == self.bos_id
+            elif part:
+                ids += self._encode_text(" " + part if at_start else part)
+                at_start = False
+        return ids + [self.eos_id] if eos else ids
+
+    def decode_stream(self, ids: Iterable[int], *, control: bool = False, start: bool = True) -> Iterator[str]:
+        """Yield text while ids come in. No piece ends inside a character; the joined pieces equal `decode(ids)`.
+
+        start: the ids begin a text. For ids that continue one (a model's answer to a prompt) say False: then a space
+        before the first word is kept.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds the bytes of an unfinished character back
+        at_start = start and self._space_prefix
+        for i in map(self._check_id, ids):
+            content = self._contents[i]
+            if content is None:
+                content = self._tokens[i].encode() if control else b""
+                at_start = at_start and i == self.bos_id
+            else:
+                content = content[1:] if at_start and content.startswith(b" ") else content
+                at_start = False
+            if piece := utf8.decode(content):
+                yield piece
+        if piece := utf8.decode(b"", final=True):
+            yield piece
+
+    def decode(self, ids: Iterable[int], *, control: bool = False, start: bool = True) -> str:
+        """The text of `ids`. Control tokens are left out unless control=True; bytes that are not UTF-8 become U+FFFD.
+
+        start: see `decode_stream`. Raises ValueError for an id outside the vocabulary.
+        """
+        return "".join(self.decode_stream(ids, control=control, start=start))
+
+    def piece(self, token_id: int) -> str:
+        """One token to read, for figures: a space shows as ▁, a line break as \\n, half a character as \\xe4."""
+        content = self._contents[self._check_id(token_id)]
+        if content is None:
+            return self._tokens[token_id]
+        text = content.decode("utf-8", errors="backslashreplace").replace(" ", "▁")
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> list[int]:
+        """The ids of a conversation in ChatML: `<|im_start|>role⏎content<|im_end|>⏎` for each message.
+
+        messages: mappings with "role" (system, user or assistant) and "content", which is always plain text.
+        reply: open the assistant's turn at the end, for the model to go on. Raises ValueError for anything else.
+        """
+        im_start, im_end = self._control.get("<|im_start|>"), self._control.get("<|im_end|>")
+        if im_start is None or im_end is None:
+            raise ValueError("this tokenizer lacks the control tokens <|im_start|> and <|im_end|>, so it has no ChatML")
+        if not messages:
+            raise ValueError("a chat needs at least one message, got none")
+        for message in messages:
+            if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
+                raise ValueError(f'a message must be {{"role": ..., "content": ...}}, got {message!r}')
+            if message["role"] not in ROLES:
+                raise ValueError(f"unknown role {message['role']!r}: expected one of {', '.join(ROLES)}")
+            _check_text(message["content"])
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        ids: list[int] = []
+        for message in messages:
+            ids += [im_start, *self._encode_text(f"{message['role']}\n{message['content']}"), im_end]
+            ids += self._encode_text("\n")
+        return ids + [im_start, *self._encode_text("assistant\n")] if reply else ids
+
+    def _check_id(self, token_id: Any) -> int:
+        try:
+            i = operator.index(token_id)  # also takes the integers of NumPy and PyTorch
+        except TypeError:
+            raise ValueError(f"a token id must be an integer, got {token_id!r}") from None
+        if not 0 <= i < self.vocab_size:
+            raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size} tokens, 0 to "
+                             f"{self.vocab_size - 1}")
+        return i
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece BPE model of LLaMA's kind: bytes for what is not in the vocabulary, text left as it is."""
+
+    def __init__(self, model: str | Path | bytes) -> None:
+        """model: a `tokenizer.model` file, or its bytes. Raises ValueError if it is not a model of LLaMA's kind."""
+        where = "the SentencePiece model" if isinstance(model, bytes) else str(model)
+        self._model = model if isinstance(model, bytes) else _read(Path(model))
+        trainer: dict[int, int | bytes] = {}
+        normalizer: dict[int, int | bytes] = {}
+        try:
+            for number, value in _protobuf_fields(self._model):
+                if number in (2, 3) and isinstance(value, bytes):
+                    (trainer if number == 2 else normalizer).update(_protobuf_fields(value))
+        except (IndexError, KeyError):
+            raise ValueError(f"{where} is damaged or not a SentencePiece model; get the file again") from None
+        for name, got, expected in (  # with other settings, what is decoded need not be what was encoded
+            ("trainer_spec.model_type", trainer.get(3, 1), 2),  # 2 is BPE
+            ("trainer_spec.byte_fallback", trainer.get(35, 0), 1),
+            ("trainer_spec.treat_whitespace_as_suffix", trainer.get(24, 0), 0),
+            ("normalizer_spec.precompiled_charsmap", normalizer.get(2, b""), b""),
+            ("normalizer_spec.remove_extra_whitespaces", normalizer.get(4, 1), 0),
+            ("normalizer_spec.escape_whitespaces", normalizer.get(5, 1), 1),
+        ):
+            if got != expected:
+                raise ValueError(f"{where} is damaged or not of LLaMA's kind: {name} is {got!r:.40}, not {expected!r}")
+        # Of a field that comes twice the last one counts, so this switches normalizer_spec.add_dummy_prefix off: the
+        # space before a text is put there by `encode`, where it can be seen.
+        no_prefix = _protobuf(3, bytes([3 << 3, 0]))
+        self._library = sentencepiece.SentencePieceProcessor()
+        try:
+            self._library.LoadFromSerializedProto(self._model + no_prefix)
+            tokens = [self._library.IdToPiece(i) for i in range(self._library.GetPieceSize())]
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where} is damaged: {error}") from None
+        self._underline = [tokens.index(f"<0x{b:02X}>") for b in "▁".encode()]
+        has_no_bytes = (self._library.IsControl, self._library.IsUnknown, self._library.IsUnused)
+        contents = [None if any(test(i) for test in has_no_bytes) else bytes.fromhex(token[3:5])  # "<0x0A>"
+                    if self._library.IsByte(i) else token.replace("▁", " ").encode() for i, token in enumerate(tokens)]
+        bos_id, eos_id, pad_id = (None if i < 0 else i for i in
+                                  (self._library.bos_id(), self._library.eos_id(), self._library.pad_id()))
+        super().__init__(tokens, contents, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, add_bos=True,
+                         space_prefix=bool(normalizer.get(3, 1)))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, vocab_size: int) -> SentencePieceTokenizer:
+        """Learn a vocabulary from `texts`, as LLaMA did: digits one by one, unknown characters as bytes, nothing
+        normalised away. Ids 0 to 6 are unknown, BOS, EOS, padding, `<|im_start|>`, `<|im_end|>` and the line break,
+        then come the 256 bytes. The same texts give the same bytes.
+
+        Raises ValueError if the texts have too many different characters, or too few pairs, for `vocab_size`.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts must be several strings, got one str; put it into a list")
+        texts = [_check_text(text) for text in texts]
+        if not any(text.strip("\r\n") for text in texts):
+            raise ValueError("there is no text to learn a vocabulary from")
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+                byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, character_coverage=1.0,
+                normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
+                pad_id=3, control_symbols=["<|im_start|>", "<|im_end|>"], user_defined_symbols=["\n"],
+                max_sentence_length=2**30,  # the default drops longer texts without a word
+                num_threads=1, minloglevel=2)
+        except RuntimeError as error:
+            problem = str(error)
+            if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", problem):
+                problem = f"too small for these texts: control tokens, bytes and characters alone are {found[1]} tokens"
+            elif found := re.search(r"too high .* value <= (\d+)", problem):
+                problem = f"too large for these texts: they have pairs for {found[1]} tokens at most"
+            raise ValueError(f"vocab_size={vocab_size} is not possible: {problem}") from None
+        return cls(model.getvalue())
+
+    @classmethod
+    def from_gguf(cls, fields: Mapping[str, Any]) -> SentencePieceTokenizer:
+        """Build from a GGUF file's metadata, whose `tokenizer.ggml.model` is "llama"."""
+        tokens, types = _gguf_list(fields, "tokens", str), _gguf_list(fields, "token_type", int)
+        scores = _gguf_list(fields, "scores", float)
+        if (not len(tokens) == len(types) == len(scores) or not set(types) <= set(range(NORMAL, BYTE + 1))
+                or any(abs(score) > 1e38 for score in scores)):
+            raise ValueError(f"{len(tokens)} tokens, {len(types)} types and {len(scores)} scores do not fit: they must be "
+                             f"equally many, types from {NORMAL} to {BYTE}, scores within what 4 bytes hold")
+        _check_text("".join(tokens))
+        if _gguf(fields, "ggml.add_bos_token", bool) is False:
+            raise ValueError("tokenizer.ggml.add_bos_token is false, but LLaMA 1 and 2 begin every text with BOS")
+        pieces = b"".join(
+            _protobuf(1, _protobuf(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + bytes([3 << 3, kind]))
+            for token, score, kind in zip(tokens, scores, types, strict=True))
+        trainer = bytes([3 << 3, 2]) + _integer(35 << 3) + b"\1"  # BPE, with bytes for what is not in the vocabulary
+        for number, name in ((45, "unknown"), (46, "bos"), (47, "eos"), (48, "padding")):
+            if (i := _gguf_id(fields, name, tokens)) is not None:
+                trainer += _protobuf(number, tokens[i].encode())
+        normalizer = bytes([3 << 3, _gguf(fields, "ggml.add_space_prefix", bool) is not False,
+                            4 << 3, _gguf(fields, "ggml.remove_extra_whitespaces", bool) is True])
+        return cls(pieces + _protobuf(2, trainer) + _protobuf(3, normalizer))
+
+    def _encode_text(self, text: str) -> list[int]:
+        # The library writes a space as ▁ (U+2581) and reads both back as a space: a real ▁ goes in as its bytes.
+        ids: list[int] = []
+        for n, part in enumerate(text.split("▁")):
+            ids += self._underline if n else []
+            ids += self._library.EncodeAsIds(part) if part else []
+        return ids
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.model`: the same bytes that were read or trained."""
+        _write(Path(folder), "tokenizer.model", self._model, not_beside="tokenizer.json")
+
+
+def _words(pattern: str | None) -> pre_tokenizers.PreTokenizer:
+    """Cut a text into words, then spell each word's bytes. No pattern: digits one by one, then GPT-2's own pattern."""
+    cut = pre_tokenizers.Split(Regex(pattern), "isolated") if pattern else pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)])
+
+
+# GGUF's name for a way to cut text into words -> (the way; whether a word that is a token is taken whole, not merged)
+PRE_TOKENIZERS = {
+    "smollm": (_words(None), False),
+    "llama-bpe": (_words(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                         r"|\s*[\r\n]+|\s+(?!\S)|\s+"), True),
+}
+# GPT-2 spells each byte as one visible character; the n-th byte without one (a space is the 33rd) as chr(255 + n): "Ġ".
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [b for b in range(256) if b not in _VISIBLE]
+BYTE_OF = {chr(b): b for b in _VISIBLE} | {chr(256 + n): b for n, b in enumerate(_HIDDEN)}
+
+
+BPE_FIELDS = ("tokenizer.chat_template", *(f"tokenizer.ggml.{name}" for name in (
+    "model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "padding_token_id",
+    "add_bos_token", "add_space_prefix")))
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE, run by the `tokenizers` library."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        """fields: a GGUF file's metadata, of which `BPE_FIELDS` are used. Among them: the vocabulary in order of id, its
+        bytes spelled as in GPT-2; the type of each token; the merges, "left right", first learned first; a name in
+        PRE_TOKENIZERS; and the chat template, which is not run, only searched for the default system message.
+
+        Raises ValueError if something is missing or does not fit.
+        """
+        self._fields = {name: fields[name] for name in BPE_FIELDS if fields.get(name) is not None}
+        tokens, types = _gguf_list(fields, "tokens", str), _gguf_list(fields, "token_type", int)
+        merges = _gguf_list(fields, "merges", str)
+        pre, add_bos = _gguf(fields, "ggml.pre", str), _gguf(fields, "ggml.add_bos_token", bool)
+        if pre not in PRE_TOKENIZERS:
+            raise ValueError(f"unknown pre-tokenizer {pre!r}: expected one of {', '.join(PRE_TOKENIZERS)}")
+        if _gguf(fields, "ggml.add_space_prefix", bool):
+            raise ValueError("tokenizer.ggml.add_space_prefix is true; byte-level BPE is supported only without it")
+        if len(types) != len(tokens):
+            raise ValueError(f"there are {len(tokens)} tokens but {len(types)} token types; they must be equally many")
+        _check_text("".join(tokens))
+        contents: list[bytes | None] = []
+        for token, kind in zip(tokens, types, strict=True):
+            if not NORMAL <= kind <= UNUSED or kind == NORMAL and not set(token) <= BYTE_OF.keys():
+                raise ValueError(f"the token {token!r} of type {kind} does not fit: expected a type of {NORMAL} to "
+                                 f"{UNUSED}, and a normal token to be spelled in GPT-2's characters for bytes")
+            contents.append(bytes(BYTE_OF[c] for c in token) if kind == NORMAL else
+                            token.encode() if kind == USER_DEFINED else None)
+        template = _gguf(fields, "chat_template", str) or ""
+        system = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", template)
+        bos_id, eos_id, pad_id = (_gguf_id(fields, name, tokens) for name in ("bos", "eos", "padding"))
+        super().__init__(tokens, contents, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, system=system and system[1],
+                         add_bos=pre == "llama-bpe" if add_bos is None else add_bos)
+        # The library never hears of the control tokens, so no text can be encoded as one.
+        vocabulary = {token: i for i, token in enumerate(tokens) if contents[i] is not None}
+        pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+        for left, right in pairs:
+            if not {left, right, left + right} <= vocabulary.keys():
+                raise ValueError(f"the merge {left + ' ' + right!r} must be two tokens that make a third")
+        words, ignore_merges = PRE_TOKENIZERS[pre]
+        self._library = Library(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))
+        self._library.pre_tokenizer = words
+        self._library.add_tokens([AddedToken(token, normalized=False)
+                                  for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED])
+        # Without a word, text would lose the bytes that have no token (SmolLM2: 21; most never occur in UTF-8).
+        self._unwritable = bytes(b for c, b in BYTE_OF.items() if c not in vocabulary)
+
+    def _encode_text(self, text: str) -> list[int]:
+        if self._unwritable and len(text.encode().translate(None, self._unwritable)) < len(text.encode()):
+            bad = next(c for c in text if not set(c.encode()).isdisjoint(self._unwritable))
+            raise ValueError(f"the text has {bad!r} at position {text.index(bad)}, which this vocabulary cannot write")
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json`: the part of the metadata that the constructor reads."""
+        _write(Path(folder), "tokenizer.json", json.dumps(self._fields).encode(), not_beside="tokenizer.model")
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that `save` put into a checkpoint's folder. Raises ValueError if there is none."""
+    model, fields = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer.json"
+    if model.exists():
+        return SentencePieceTokenizer(model)
+    if not fields.exists():
+        raise ValueError(f"{folder} has no tokenizer: expected tokenizer.model (SentencePiece) or tokenizer.json (BPE)")
+    try:
+        return tokenizer_from_gguf(json.loads(_read(fields)))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{fields} is damaged or was not written by `save`: {error}") from None
+
+
+def tokenizer_from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that a GGUF file's metadata describes. fields: name -> value, as str, int, bool, float or list."""
+    kind = fields.get("tokenizer.ggml.model") if isinstance(fields, Mapping) else fields
+    if kind == "llama":
+        return SentencePieceTokenizer.from_gguf(fields)
+    if kind == "gpt2":
+        return BPETokenizer(fields)
+    raise ValueError(f"unknown kind of tokenizer: tokenizer.ggml.model is {kind!r:.60}, expected 'llama' or 'gpt2'")
+
+
+def _gguf(fields: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = fields.get(f"tokenizer.{name}")
+    if value is not None and type(value) is not kind:
+        raise ValueError(f"tokenizer.{name} must be of type {kind.__name__}, got {value!r:.60}")
+    return value
+
+
+def _gguf_list(fields: Mapping[str, Any], name: str, kind: type) -> list:
+    values = _gguf(fields, f"ggml.{name}", list)
+    if values is None or any(type(value) is not kind for value in values):
+        raise ValueError(f"tokenizer.ggml.{name} must be a list of {kind.__name__}, got {values!r:.60}")
+    return values
+
+
+def _gguf_id(fields: Mapping[str, Any], name: str, tokens: list[str]) -> int | None:
+    i = _gguf(fields, f"ggml.{name}_token_id", int)
+    if i is not None and not 0 <= i < len(tokens):
+        raise ValueError(f"tokenizer.ggml.{name}_token_id is {i}, but there are {len(tokens)} tokens")
+    return i
+
+
+def _protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of each field of a protobuf message, which is what a SentencePiece file is. A value is an integer
+    or bytes: a text, a float32, or a message inside. Raises IndexError or KeyError where the message is damaged."""
+    at = 0
+
+    def integer() -> int:  # seven bits in each byte, the low ones first; the eighth bit says that more follow
+        nonlocal at
+        value = 0
+        for shift in range(0, 70, 7):
+            value |= (message[at] & 127) << shift
+            at += 1
+            if message[at - 1] < 128:
+                return value
+        raise IndexError("an integer of more than ten bytes")
+
+    while at < len(message):
+        number, wire_type = divmod(integer(), 8)
+        if wire_type == 0:
+            yield number, integer()
+        else:
+            size = integer() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
+            if at + size > len(message):
+                raise IndexError("a field that is cut off")
+            yield number, message[at:at + size]
+            at += size
+
+
+def _integer(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + _integer(value >> 7)
+
+
+def _protobuf(number: int, value: bytes) -> bytes:
+    """A protobuf field: a text, or a message inside."""
+    return _integer(number << 3 | 2) + _integer(len(value)) + value
+
+
+def _check_text(text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a str, got {type(text).__name__}: {text!r:.60}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has {text[error.start]!r} at position {error.start}: half of a surrogate pair is "
+                         "not a character and has no UTF-8 bytes; read the text with the right encoding") from None
+    return text
+
+
+def _read(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{path} has {size} bytes; a tokenizer's file has {MAX_FILE_BYTES} at most")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _write(folder: Path, name: str, data: bytes, not_beside: str) -> None:
+    """Write a file so that at every moment the old one or the new one is there, whole."""
+    if (folder / not_beside).exists():
+        raise ValueError(f"{folder} already has a {not_beside}, another tokenizer's; save into another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)
