@@ -1,4 +1,4 @@
-"""Attention (chapter 04): every token asks a question, and takes from the tokens before it in the measure that they answer.
+"""Attention (chapter 04): every token asks a question, and takes from those before it in the measure that they answer.
 
 Letters: B batch, T new tokens, S all tokens seen so far (S ≥ T), H query heads, K key/value heads, D head_dim.
 """

@@ -11,7 +11,7 @@ from minillama.config import ModelConfig
 
 
 class LayerKV:
-    """The keys and values of one layer: two tensors (B, K, max_len, D), of which the first `length` columns are filled."""
+    """The keys and values of one layer: two tensors (B, K, max_len, D), the first `length` columns of them filled."""
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device | str | None, dtype: torch.dtype | None):
         self.k = torch.zeros(shape, device=device, dtype=dtype)
@@ -52,10 +52,14 @@ class KVCache:
         self.padding = None if padding is None or not padding.any() else padding.to(self.device)
 
     def advance(self, new: int) -> tuple[Tensor, Tensor | None]:
-        """Make room for `new` tokens: their positions, (T,) or (B, T), and their mask, (B, 1, T, S) or None for causal."""
+        """Make room for `new` tokens: their positions, (T,) or (B, T), and mask, (B, 1, T, S) or None for causal.
+
+        Raises ValueError when the cache is too short for them.
+        """
         if self.length + new > self.max_len:
             raise ValueError(
-                f"the cache holds {self.max_len} tokens, but {self.length} + {new} are needed: make it with a larger max_len."
+                f"the cache holds {self.max_len} tokens, but {self.length} + {new} are needed: "
+                "make it with a larger max_len."
             )
         start, self.length = self.length, self.length + new
         columns = torch.arange(self.length, device=self.device)
@@ -76,9 +80,11 @@ class KVCache:
             self.padding = self.padding[rows]
 
     def rewind(self, length: int) -> None:
-        """Forget every token from `length` on."""
+        """Forget every token from `length` on. Raises ValueError for a length that was not reached."""
         if not 0 <= length <= self.length:
-            raise ValueError(f"the cache holds {self.length} tokens and cannot be rewound to {length}: give 0 to {self.length}.")
+            raise ValueError(
+                f"the cache holds {self.length} tokens and cannot be rewound to {length}: give 0 to {self.length}."
+            )
         self.length = length
         for layer in self.layers:
             layer.length = length

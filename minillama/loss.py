@@ -14,10 +14,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE) -
     In fp32 whatever the model's dtype. Raises ValueError when no target is scored: the mean would be 0/0.
     """
     if not (targets != ignore_index).any():
-        raise ValueError(f"no target is scored: all {targets.numel()} are {ignore_index}, expected at least one real token.")
+        raise ValueError(
+            f"no target is scored: all {targets.numel()} are {ignore_index}, expected at least one real token: "
+            "leave such rows out."
+        )
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=ignore_index)
 
 
 def perplexity(loss: float) -> float:
-    """e^loss: the number of equally likely tokens among which a model of this loss (nats per token) would be choosing."""
+    """e^loss (nats per token): among how many equally likely tokens a model of this loss would be choosing."""
     return math.exp(loss)

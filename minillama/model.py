@@ -4,12 +4,13 @@ One class from a toy to a full checkpoint; only the config changes.
 Source: Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models", section 2.2.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from minillama.attention import Attention
+from minillama.attention import Attention, LayerCache
 from minillama.config import ModelConfig
 from minillama.embedding import Embedding
 from minillama.feedforward import FeedForward
@@ -30,7 +31,9 @@ class Block(nn.Module):
         self.feedforward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feedforward = FeedForward(config)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache=None) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), turn, mask, cache)
         x = x + self.feedforward(self.feedforward_norm(x))
         return x
@@ -43,6 +46,8 @@ class Llama(nn.Module):
     in it. `config` says everything about its shape.
     """
 
+    frequency: Tensor  # (head_dim/2,) radians from one position to the next, always fp32
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -52,6 +57,13 @@ class Llama(nn.Module):
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("frequency", frequencies(config), persistent=False)
         self.initialize()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
+        # Behind `.to`, `.half` and `.to_empty`. The frequencies are made anew rather than cast: in bf16 they would be
+        # off by up to 1 part in 512, which at position 1000 turns some pairs by more than a radian too far.
+        super()._apply(fn, recurse)
+        self.frequency = frequencies(self.config).to(self.frequency.device)
+        return self
 
     def forward(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
         return self.scores(self.hidden(tokens, cache))
@@ -76,7 +88,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Small random weights; what writes into the residual stream starts at zero, so each block starts as the identity.
+        """Small random weights; what writes into the residual stream starts at zero: each block starts as the identity.
 
         A block that begins by adding nothing lets the gradient through unharmed at any depth, and the toy's loss falls
         faster for it. Source: Zhang et al. 2019, "Fixup Initialization", section 3.

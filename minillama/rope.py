@@ -1,7 +1,7 @@
 """Positions (chapter 03): rotary embeddings turn each pair of a query's or key's coordinates by an angle that grows
 with the token's position, so that their dot product depends only on how far apart the two tokens are.
 
-Letters: B batch, T time, H heads, D head_dim. Layout: **interleaved**, as in Meta's code: the pairs are (x[2i], x[2i+1]).
+Letters: B batch, T time, H heads, D head_dim. Layout: **interleaved**, as in Meta's code: pairs are (x[2i], x[2i+1]).
 Source: Su et al. 2021, "RoFormer", equations 15 and 34.
 """
 
@@ -34,7 +34,7 @@ def frequencies(config: ModelConfig) -> Tensor:
         case Llama3Scaling() as scaling:
             return _llama3(plain, scaling)
         case other:
-            raise ValueError(f"rope_scaling is {other!r}, expected None, LinearScaling or Llama3Scaling: use one of these.")
+            raise ValueError(f"rope_scaling is {other!r}, expected None, LinearScaling or Llama3Scaling: use one.")
 
 
 def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
@@ -50,7 +50,7 @@ def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def rotation(frequency: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every pair's angle: frequency (D/2,) and positions (T,) or (B, T) to two of (..., T, 1, D/2).
+    """Cosines and sines of each pair's angle: frequency (D/2,), positions (T,) or (B, T) to two of (..., T, 1, D/2).
 
     The 1 stands where the heads will be. Angles are in fp32 whatever the model's dtype: bf16 cannot tell
     position 1000 from 1001.

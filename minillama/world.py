@@ -17,6 +17,8 @@ How the grammar is written:
 The words at the top, the plots, the tasks at the bottom, and the machinery in between: read it in that order.
 """
 
+# ruff: noqa: E501  (a line of the grammar is a sentence, in two languages)
+
 import functools
 import math
 import random
@@ -195,7 +197,7 @@ _WHERE = {
 
 
 class Fault(ValueError):
-    """A text leaves the world. `position` is the character at which it does; the message says what was expected there."""
+    """A text leaves the world: at the character `position`. The message says what was expected there."""
 
     def __init__(self, message: str, position: int):
         super().__init__(f"{message} (at character {position})")
@@ -352,7 +354,8 @@ class Grammar:
         facts: Facts = {}
         chinese = self._tell(self.root, facts, teller)
         teller.end()
-        return Story("".join(teller.said), teller.log_prob, {name: word.english for name, word in facts.items()}, chinese)
+        known = {name: word.english for name, word in facts.items()}
+        return Story("".join(teller.said), teller.log_prob, known, chinese)
 
     def _tell(self, template: _Template, facts: Facts, teller: "_Teller") -> str:
         """Say the template's English through the teller; return its Chinese."""
@@ -659,7 +662,7 @@ def _refuse_shared_openings(openings: Sequence[tuple[str, ...]], where: str) -> 
     texts = sorted(text for option in openings for text in option)
     for one, other in zip(texts, texts[1:], strict=False):
         if other.startswith(one):
-            raise ValueError(f"{where} has {one!r} and {other!r}, expected openings that tell options apart: change one.")
+            raise ValueError(f"{where} has {one!r} and {other!r}, expected openings that differ: change one.")
 
 
 WORLD = Grammar(
