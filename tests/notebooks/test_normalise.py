@@ -85,8 +85,8 @@ def test_path_of_this_machine_is_refused(place: Path) -> None:
 
 
 def test_words_that_only_contain_a_path_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "home", lambda: Path("/root"))
-    normalise(a_notebook(v4.new_output("stream", text="square/root and /rooted")))
+    monkeypatch.setattr(Path, "home", lambda: Path("/learner"))
+    normalise(a_notebook(v4.new_output("stream", text="a/learner and /learners")))
 
 
 def test_cell_that_ends_with_a_semicolon_is_refused() -> None:
