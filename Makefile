@@ -44,7 +44,8 @@ toy: .venv/installed ## make the shipped toy in data/ again: corpus, tokenizer, 
 	$(VENV) data/make.py
 
 # The stamp is written last and holds the folder it is for.
-STALE := $(shell [ "$$(cat .venv/installed 2>/dev/null)" = "$$(pwd)" ] && $(VENV) -c '$(FITS)' 2>/dev/null || echo again)
+STALE := $(shell [ "$$(cat .venv/installed 2>/dev/null)" = "$$(pwd)" ] && \
+  $(VENV) -c '$(FITS)' 2>/dev/null || echo again)
 
 again: ;
 
