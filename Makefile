@@ -56,7 +56,7 @@ again: ;
 	@rm -f .venv/install.log
 	@$(PIP) --log .venv/install.log -c tests/constraints.txt -e '.[lab,test]' || { $(say_why); exit 2; }
 	@# This JupyterLab extension asks whether it may fetch news from outside.
-	@$(VENV) -m jupyterlab.labextensions disable @jupyterlab/apputils-extension:announcements 2>/dev/null
+	@$(VENV) -m jupyterlab.labextensions disable @jupyterlab/apputils-extension:announcements 2>/dev/null || :
 	@pwd > $@
 
 .venv/real-model: .venv/installed
