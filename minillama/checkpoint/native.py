@@ -1,12 +1,12 @@
-"""Our own checkpoint: a folder with `config.json`, `model.safetensors` and the tokenizer's files.
+"""Our own checkpoint: a folder with `config.json`, `model.safetensors` and the tokenizer's file.
 
 It is there as a whole or not at all: it is written beside its place, and renamed when the disk has it.
 """
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -19,26 +19,26 @@ from minillama.config import ModelConfig
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer, load_tokenizer
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+CONFIG, WEIGHTS, TOKENIZERS = "config.json", "model.safetensors", {"tokenizer.model", "tokenizer.json"}
 DTYPES = ("F32", "BF16", "F16")  # safetensors' names
+NUMBERS_AT_ONCE = 2**22
 
 
 def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     """Write a checkpoint that `load` reads: the weights in their dtype, the config, and the tokenizer if there is one.
 
-    An earlier checkpoint of ours in `folder` is replaced as a whole. If anything else is there, it stays untouched
-    and ValueError is raised.
+    An earlier checkpoint of ours in `folder` is replaced as a whole. Anything else there stays untouched, and
+    ValueError is raised.
     """
     folder = Path(os.path.realpath(folder))
-    if os.path.lexists(folder):
-        _check_ours(folder)
+    _check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
     try:
-        temporary.chmod(0o755)  # mkdtemp lets nobody else in
         (temporary / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary / WEIGHTS)
+        (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)  # the library lets only the owner read
         if tokenizer is not None:
             tokenizer.save(temporary)
         _sync(*temporary.iterdir(), temporary)
@@ -46,63 +46,67 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path) -> None:
             shutil.rmtree(_previous(folder), ignore_errors=True)
             os.rename(folder, _previous(folder))
         os.rename(temporary, folder)
-        _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    _sync(folder.parent)
     shutil.rmtree(_previous(folder), ignore_errors=True)
 
 
 def open_native(folder: Path) -> Checkpoint:
-    """Open a folder that `save` wrote. Raises ValueError for one that is damaged or not ours."""
-    folder = Path(os.path.realpath(folder))
-    if not folder.exists() and _previous(folder).exists():  # a save was killed between its two renames
-        folder = _previous(folder)
-    config, path = read_config(folder), folder / WEIGHTS
-    tensors = []
+    """Read all but the weights. Raises ValueError for a folder that is damaged or not ours."""
+    config, path, tensors = _read_config(folder), folder / WEIGHTS, []
     try:
         with safe_open(path, "pt") as file:
             for key in file.keys():
                 part = file.get_slice(key)
                 if part.get_dtype() not in DTYPES:
-                    raise ValueError(f"{path}: {key} has the dtype {part.get_dtype()}, expected {', '.join(DTYPES)}.")
+                    raise ValueError(f"{path}: {key!r:.80} is {part.get_dtype()}, expected {', '.join(DTYPES)}.")
                 tensors.append(Stored(key, key, tuple(part.get_shape()), partial(_read, path, key)))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); get the checkpoint again.") from None
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZER)
+        raise ValueError(f"cannot read {path}: {error}; get the checkpoint again.") from None
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     return Checkpoint(config, load_tokenizer(folder) if has_tokenizer else None, tensors)
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The config in a checkpoint's folder. Raises ValueError if it is missing, damaged or impossible."""
+def _read_config(folder: Path) -> ModelConfig:
     path = folder / CONFIG
     try:
-        if path.stat().st_size > 2**20:
-            raise ValueError(f"it has {path.stat().st_size} bytes, and a config has {2**20} at most")
+        if (size := path.stat().st_size) > 2**20:
+            raise ValueError(f"it has {size} bytes, and a config {2**20} at most")
         return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; a checkpoint has {CONFIG} and {WEIGHTS}.") from None
-    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
+    except (ValueError, RecursionError) as error:  # what is not UTF-8 or not JSON is a ValueError too
         raise ValueError(f"{path} is not a config of ours: {error}.") from None
 
 
 def _read(path: Path, key: str, out: Tensor) -> None:
-    with safe_open(path, "pt") as file:
-        out.copy_(file.get_tensor(key))
+    """Fill `out` a few rows at a time, opening the file for each: closing it frees the memory that reading took."""
+    n = max(1, NUMBERS_AT_ONCE // out[0].numel())
+    for start in range(0, len(out), n):
+        with safe_open(path, "pt") as file:
+            out[start : start + n].copy_(file.get_slice(key)[start : start + n])
 
 
-def _check_ours(folder: Path) -> None:
+def _check_free(folder: Path) -> None:
+    """Nothing is there, or a checkpoint of ours, or an empty folder."""
     try:
-        if entries := set(os.listdir(folder)):
-            read_config(folder)
-        if foreign := sorted(entries - {CONFIG, WEIGHTS, *TOKENIZER}):
-            raise ValueError(f"it has a {foreign[0]}")
+        if folder.exists() and (files := set(os.listdir(folder))):
+            _read_config(folder)
+            if foreign := files - {CONFIG, WEIGHTS, *TOKENIZERS}:
+                raise ValueError(f"it has {min(foreign)} in it")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is there, and is not a checkpoint of ours ({error}); save elsewhere.") from None
+        raise ValueError(f"{folder} is there, and not a checkpoint of ours ({error}); save elsewhere.") from None
 
 
 def _previous(folder: Path) -> Path:
-    """Where the earlier checkpoint is between the two renames; `open_native` finds it there."""
     return folder.with_name(f".{folder.name}.minillama-previous")
+
+
+def find(folder: Path) -> Path:
+    """Where the checkpoint is: in `folder`, or beside it when a save was killed between its two renames."""
+    previous = _previous(Path(os.path.realpath(folder)))
+    return previous if previous.exists() and not folder.exists() else folder
 
 
 def _sync(*paths: Path) -> None:
