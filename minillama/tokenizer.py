@@ -47,8 +47,17 @@ class Tokenizer:
     system: the system message that `chat` puts before a conversation without one (None: no message).
     """
 
-    def __init__(self, tokens: list[str], contents: list[bytes | None], *, bos_id: int | None, eos_id: int | None,
-                 pad_id: int | None, add_bos: bool, space_prefix: bool = False, system: str | None = None) -> None:
+    def __init__(
+        self,
+        tokens: list[str],
+        contents: list[bytes | None],
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        pad_id: int | None,
+        add_bos: bool,
+        space_prefix: bool = False,
+    ) -> None:
         """contents: the bytes of each token, None for a control token. space_prefix: a text is encoded with one space
         before it, so that its first word is the same token as anywhere else; decoding takes the space off again."""
         self.vocab_size = len(tokens)
@@ -66,7 +75,8 @@ class Tokenizer:
         self._control_pattern = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, eos_id if pad_id is None else pad_id
         self.stop_ids = frozenset({eos_id} | {self._control[token] for token in END_OF_TURN if token in self._control})
-        self.add_bos, self.system = add_bos and bos_id is not None, system
+        self.add_bos = add_bos and bos_id is not None
+        self.system: str | None = None
 
     def _encode_text(self, text: str) -> list[int]:
         """Ids of plain text, not empty; never a control token."""
@@ -164,8 +174,8 @@ class Tokenizer:
         except TypeError:
             raise ValueError(f"a token id must be an integer, got {token_id!r}") from None
         if not 0 <= i < self.vocab_size:
-            raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size} tokens, 0 to "
-                             f"{self.vocab_size - 1}")
+            size = self.vocab_size
+            raise ValueError(f"token id {i} is outside the vocabulary of {size} tokens, 0 to {size - 1}")
         return i
 
 
@@ -204,13 +214,22 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{where} is damaged: {error}") from None
         self._underline = [tokens.index(f"<0x{b:02X}>") for b in "▁".encode()]
-        has_no_bytes = (self._library.IsControl, self._library.IsUnknown, self._library.IsUnused)
-        contents = [None if any(test(i) for test in has_no_bytes) else bytes.fromhex(token[3:5])  # "<0x0A>"
-                    if self._library.IsByte(i) else token.replace("▁", " ").encode() for i, token in enumerate(tokens)]
-        bos_id, eos_id, pad_id = (None if i < 0 else i for i in
-                                  (self._library.bos_id(), self._library.eos_id(), self._library.pad_id()))
-        super().__init__(tokens, contents, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, add_bos=True,
-                         space_prefix=bool(normalizer.get(3, 1)))
+        bos_id, eos_id, pad_id = self._library.bos_id(), self._library.eos_id(), self._library.pad_id()  # -1: none
+        super().__init__(
+            tokens,
+            [self._bytes_of(i, token) for i, token in enumerate(tokens)],
+            bos_id=None if bos_id < 0 else bos_id,
+            eos_id=None if eos_id < 0 else eos_id,
+            pad_id=None if pad_id < 0 else pad_id,
+            add_bos=True,
+            space_prefix=bool(normalizer.get(3, 1)),
+        )
+
+    def _bytes_of(self, i: int, token: str) -> bytes | None:
+        if self._library.IsByte(i):
+            return bytes.fromhex(token[3:5])  # "<0x0A>"
+        no_bytes = self._library.IsControl(i) or self._library.IsUnknown(i) or self._library.IsUnused(i)
+        return None if no_bytes else token.replace("▁", " ").encode()
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int) -> SentencePieceTokenizer:
@@ -228,12 +247,24 @@ class SentencePieceTokenizer(Tokenizer):
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
-                byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, character_coverage=1.0,
-                normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
-                pad_id=3, control_symbols=["<|im_start|>", "<|im_end|>"], user_defined_symbols=["\n"],
+                sentence_iterator=iter(texts),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                byte_fallback=True,
+                split_digits=True,
+                allow_whitespace_only_pieces=True,
+                character_coverage=1.0,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=True,
+                pad_id=3,
+                control_symbols=["<|im_start|>", "<|im_end|>"],
+                user_defined_symbols=["\n"],
                 max_sentence_length=2**30,  # the default drops longer texts without a word
-                num_threads=1, minloglevel=2)
+                num_threads=1,
+                minloglevel=2,
+            )
         except RuntimeError as error:
             problem = str(error)
             if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", problem):
@@ -248,23 +279,29 @@ class SentencePieceTokenizer(Tokenizer):
         """Build from a GGUF file's metadata, whose `tokenizer.ggml.model` is "llama"."""
         tokens, types = _gguf_list(fields, "tokens", str), _gguf_list(fields, "token_type", int)
         scores = _gguf_list(fields, "scores", float)
-        if (not len(tokens) == len(types) == len(scores) or not set(types) <= set(range(NORMAL, BYTE + 1))
-                or any(abs(score) > 1e38 for score in scores)):
-            raise ValueError(f"{len(tokens)} tokens, {len(types)} types and {len(scores)} scores do not fit: they must be "
-                             f"equally many, types from {NORMAL} to {BYTE}, scores within what 4 bytes hold")
+        if not len(tokens) == len(types) == len(scores):
+            raise ValueError(
+                f"there are {len(tokens)} tokens, {len(types)} types and {len(scores)} scores; these must fit"
+            )
+        if not set(types) <= set(range(NORMAL, BYTE + 1)) or any(abs(score) > 1e38 for score in scores):
+            raise ValueError(
+                f"token types must be {NORMAL} to {BYTE} and scores 1e38 at most; the GGUF file is damaged"
+            )
         _check_text("".join(tokens))
         if _gguf(fields, "ggml.add_bos_token", bool) is False:
             raise ValueError("tokenizer.ggml.add_bos_token is false, but LLaMA 1 and 2 begin every text with BOS")
-        pieces = b"".join(
-            _protobuf(1, _protobuf(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + bytes([3 << 3, kind]))
-            for token, score, kind in zip(tokens, scores, types, strict=True))
+        pieces = bytearray()
+        for token, score, kind in zip(tokens, scores, types, strict=True):
+            piece = _protobuf(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + bytes([3 << 3, kind])
+            pieces += _protobuf(1, piece)
         trainer = bytes([3 << 3, 2]) + _integer(35 << 3) + b"\1"  # BPE, with bytes for what is not in the vocabulary
         for number, name in ((45, "unknown"), (46, "bos"), (47, "eos"), (48, "padding")):
             if (i := _gguf_id(fields, name, tokens)) is not None:
                 trainer += _protobuf(number, tokens[i].encode())
-        normalizer = bytes([3 << 3, _gguf(fields, "ggml.add_space_prefix", bool) is not False,
-                            4 << 3, _gguf(fields, "ggml.remove_extra_whitespaces", bool) is True])
-        return cls(pieces + _protobuf(2, trainer) + _protobuf(3, normalizer))
+        prefix = _gguf(fields, "ggml.add_space_prefix", bool) is not False
+        squeeze = _gguf(fields, "ggml.remove_extra_whitespaces", bool) is True
+        normalizer = bytes([3 << 3, prefix, 4 << 3, squeeze])
+        return cls(bytes(pieces) + _protobuf(2, trainer) + _protobuf(3, normalizer))
 
     def _encode_text(self, text: str) -> list[int]:
         # The library writes a space as ▁ (U+2581) and reads both back as a space: a real ▁ goes in as its bytes.
@@ -285,34 +322,29 @@ def _words(pattern: str | None) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)])
 
 
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 # GGUF's name for a way to cut text into words -> (the way; whether a word that is a token is taken whole, not merged)
-PRE_TOKENIZERS = {
-    "smollm": (_words(None), False),
-    "llama-bpe": (_words(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                         r"|\s*[\r\n]+|\s+(?!\S)|\s+"), True),
-}
+PRE_TOKENIZERS = {"smollm": (_words(None), False), "llama-bpe": (_words(LLAMA3_WORDS), True)}
 # GPT-2 spells each byte as one visible character; the n-th byte without one (a space is the 33rd) as chr(255 + n): "Ġ".
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [b for b in range(256) if b not in _VISIBLE]
 BYTE_OF = {chr(b): b for b in _VISIBLE} | {chr(256 + n): b for n, b in enumerate(_HIDDEN)}
 
 
-BPE_FIELDS = ("tokenizer.chat_template", *(f"tokenizer.ggml.{name}" for name in (
-    "model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "padding_token_id",
-    "add_bos_token", "add_space_prefix")))
-
-
 class BPETokenizer(Tokenizer):
     """Byte-level BPE, run by the `tokenizers` library."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
-        """fields: a GGUF file's metadata, of which `BPE_FIELDS` are used. Among them: the vocabulary in order of id, its
-        bytes spelled as in GPT-2; the type of each token; the merges, "left right", first learned first; a name in
-        PRE_TOKENIZERS; and the chat template, which is not run, only searched for the default system message.
+        """fields: a GGUF file's metadata. Used from it: the vocabulary in order of id, its bytes spelled as in GPT-2;
+        the type of each token; the merges, "left right", first learned first; a name in PRE_TOKENIZERS; the control
+        tokens' ids; and the chat template, which is not run, only searched for the default system message.
 
         Raises ValueError if something is missing or does not fit.
         """
-        self._fields = {name: fields[name] for name in BPE_FIELDS if fields.get(name) is not None}
+        self._fields = {name: value for name, value in fields.items() if name.startswith("tokenizer.")}
         tokens, types = _gguf_list(fields, "tokens", str), _gguf_list(fields, "token_type", int)
         merges = _gguf_list(fields, "merges", str)
         pre, add_bos = _gguf(fields, "ggml.pre", str), _gguf(fields, "ggml.add_bos_token", bool)
@@ -325,16 +357,18 @@ class BPETokenizer(Tokenizer):
         _check_text("".join(tokens))
         contents: list[bytes | None] = []
         for token, kind in zip(tokens, types, strict=True):
-            if not NORMAL <= kind <= UNUSED or kind == NORMAL and not set(token) <= BYTE_OF.keys():
-                raise ValueError(f"the token {token!r} of type {kind} does not fit: expected a type of {NORMAL} to "
-                                 f"{UNUSED}, and a normal token to be spelled in GPT-2's characters for bytes")
-            contents.append(bytes(BYTE_OF[c] for c in token) if kind == NORMAL else
-                            token.encode() if kind == USER_DEFINED else None)
+            if not NORMAL <= kind <= UNUSED:
+                raise ValueError(f"the token {token!r} has type {kind}; byte-level BPE has types {NORMAL} to {UNUSED}")
+            if kind == NORMAL and not set(token) <= BYTE_OF.keys():
+                raise ValueError(f"the normal token {token!r} is not spelled in GPT-2's characters for bytes")
+            normal = bytes(BYTE_OF[c] for c in token) if kind == NORMAL else None
+            contents.append(token.encode() if kind == USER_DEFINED else normal)
         template = _gguf(fields, "chat_template", str) or ""
         system = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", template)
         bos_id, eos_id, pad_id = (_gguf_id(fields, name, tokens) for name in ("bos", "eos", "padding"))
-        super().__init__(tokens, contents, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, system=system and system[1],
-                         add_bos=pre == "llama-bpe" if add_bos is None else add_bos)
+        add_bos = pre == "llama-bpe" if add_bos is None else add_bos
+        super().__init__(tokens, contents, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, add_bos=add_bos)
+        self.system = system and system[1]
         # The library never hears of the control tokens, so no text can be encoded as one.
         vocabulary = {token: i for i, token in enumerate(tokens) if contents[i] is not None}
         pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
@@ -344,8 +378,8 @@ class BPETokenizer(Tokenizer):
         words, ignore_merges = PRE_TOKENIZERS[pre]
         self._library = Library(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))
         self._library.pre_tokenizer = words
-        self._library.add_tokens([AddedToken(token, normalized=False)
-                                  for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED])
+        user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
+        self._library.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
         # Without a word, text would lose the bytes that have no token (SmolLM2: 21; most never occur in UTF-8).
         self._unwritable = bytes(b for c, b in BYTE_OF.items() if c not in vocabulary)
 
@@ -427,7 +461,7 @@ def _protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             size = integer() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
             if at + size > len(message):
                 raise IndexError("a field that is cut off")
-            yield number, message[at:at + size]
+            yield number, message[at : at + size]
             at += size
 
 
@@ -446,8 +480,10 @@ def _check_text(text: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text has {text[error.start]!r} at position {error.start}: half of a surrogate pair is "
-                         "not a character and has no UTF-8 bytes; read the text with the right encoding") from None
+        raise ValueError(
+            f"the text has {text[error.start]!r} at position {error.start}: half of a surrogate pair is "
+            "not a character and has no UTF-8 bytes; read the text with the right encoding"
+        ) from None
     return text
 
 

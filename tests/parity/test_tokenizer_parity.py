@@ -1,5 +1,4 @@
-"""Tokenizers against other implementations: `transformers`, the bare `sentencepiece` library, and the algorithm in plain
-Python."""
+"""Tokenizers against others: `transformers`, the bare `sentencepiece` library, and the algorithm in plain Python."""
 
 import importlib.metadata
 import json
@@ -23,7 +22,7 @@ CORPUS = [
     "It's 12 o'clock; they've WE'VE I'LL don't 'tis 's",
     "1 12 123 1234 12345 3.14159 1,000,000 0x1F ½ ² Ⅷ ٣٤ １２ 一二三",
     "  12   345\n\n 6\t7 \r\n8",
-    "def f(x: int = 0) -> dict[str, int]:\n    '''Doc.'''\n\treturn {'a': x**2}  # done\n\n\nif __name__ == \"__main__\":\n",
+    "def f(x: int = 0) -> dict[str, int]:\n    '''Doc.'''\n\treturn {'a': x**2}  # done\n\n\nif x == \"y\":\n",
     "for (int i=0;i<10;++i){std::cout<<i<<\"\\n\";}\r\n<html><body class='x'>&nbsp;</body></html>",
     "从前，有一只小猫。它叫汤姆，住在“红房子”里！（2024年）",
     "日本語のテキスト、한국어 텍스트, العربية ١٢٣, हिन्दी, ไทย, Ελληνικά, Русский",
@@ -219,7 +218,7 @@ def test_byte_level_ids_equal_plain_bpe(pre, text):
 
 # --- SentencePiece
 
-TOY = SentencePieceTokenizer.train(CORPUS * 3, vocab_size=1200)
+TOY = SentencePieceTokenizer.train(CORPUS * 3, vocab_size=900)
 BARE = sentencepiece.SentencePieceProcessor(model_proto=TOY._model)
 
 
@@ -241,4 +240,4 @@ def test_sentencepiece_ids_equal_those_of_transformers(tmp_path):
             line = line.strip()
             assert TOY.encode(line) == reference.encode(line, add_special_tokens=False), line
             compared += len(line)
-    assert compared > 1000
+    assert compared > 800
