@@ -54,7 +54,8 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """`turn`: cosines and sines from `rope.rotation`. `mask`: (B, 1, T, S) booleans, or None for plain causal."""
+        """`turn`: cosines and sines from `rope.rotation`. `mask`: (B, 1, T, S) booleans, or None for plain causal;
+        True at least once in every row, since a softmax over nothing is NaN."""
         q = rotate(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim)), turn).transpose(1, 2)  # (B, H, T, D)
         k = rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim)), turn).transpose(1, 2)  # (B, K, T, D)
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
