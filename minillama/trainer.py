@@ -1,0 +1,299 @@
+"""Training (chapter 09): predict, measure the surprise, nudge every weight, many thousand times; and survive being stopped.
+
+All that a run has become after a step is in its newest checkpoint: weights, optimizers, random state, the step's number.
+What comes next follows from these alone, so a run that is killed and resumed ends with the same bits as one that is not.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from minillama.checkpoint import load, save
+from minillama.data import Batch, Validation
+from minillama.loss import cross_entropy
+from minillama.model import Llama
+from minillama.onednn import onednn
+from minillama.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. Raises ValueError for a setting that cannot work.
+
+    steps, warmup: optimizer steps in all, and those during which the learning rate rises from zero.
+    learning_rate, final_rate: its peak, and the share of the peak at which the cosine ends.
+    optimizer: "muon" (for the blocks' matrices; AdamW for the rest) or "adamw" (for everything).
+    clip: the largest norm of the gradient as a whole. accumulate: batches whose gradients are added up for one step.
+    precision: "float32", or "bfloat16" for matrix products in bf16 (weights and sums stay in fp32).
+    validate_every, save_every: in steps.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 4e-3
+    final_rate: float = 0.0
+    warmup: int = 50
+    weight_decay: float = 0.01
+    optimizer: str = "muon"
+    clip: float = 1.0
+    accumulate: int = 1
+    precision: str = "float32"
+    validate_every: int = 100
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "validate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup is {self.warmup}, expected 0 to {self.steps}, the number of steps.")
+        if not (self.learning_rate > 0 and self.clip > 0 and 0 <= self.final_rate <= 1 and self.weight_decay >= 0):
+            raise ValueError(
+                f"learning_rate {self.learning_rate}, clip {self.clip}, final_rate {self.final_rate} and weight_decay "
+                f"{self.weight_decay}: expected the first two above 0, the third from 0 to 1, the last not below 0."
+            )
+        for name, value, known in (
+            ("optimizer", self.optimizer, ("muon", "adamw")),
+            ("precision", self.precision, ("float32", "bfloat16")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected {known[0]!r} or {known[1]!r}.")
+
+
+def rate_at(step: int, settings: TrainSettings) -> float:
+    """The share of the peak learning rate at a step: up in a straight line, then down along half a cosine."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_optimizers(model: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+    """One or two optimizers that share the model's parameters between them.
+
+    Muon makes each step of a matrix orthogonal, so that no direction is left behind; it is for matrices between hidden
+    layers. Embeddings, output and norms keep AdamW. Weight decay is for matrices, not for norms.
+    Sources: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; Jordan et al. 2024, "Muon".
+    """
+    hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("blocks.")]
+    tables = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("blocks.")]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    groups = [{"params": tables, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    if settings.optimizer == "adamw":
+        groups[0]["params"] = hidden + tables
+    adamw = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+    if settings.optimizer == "adamw":
+        return [adamw]
+    # Scaled so that a step has the size that AdamW's would have: one learning rate then suits both.
+    muon = torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
+
+
+@torch.no_grad()
+def mean_loss(model: Llama, batches: Iterable[Batch]) -> float:
+    """The mean loss in nats per scored token over all batches, each token counted once."""
+    device = model.embedding.weight.device
+    total, count = 0.0, 0
+    for batch in batches:
+        loss = cross_entropy(model(batch.inputs.to(device)), batch.targets.to(device))
+        total += loss.item() * batch.scored
+        count += batch.scored
+    return total / count
+
+
+@dataclass
+class Trainer:
+    """A run in a folder: `step-N/` is a checkpoint, `metrics.jsonl` has a line for each step.
+
+    `batches(step)` gives the data. `snapshots` are the steps whose checkpoints are kept; of the others only the newest
+    two are. `on_step(record)` is called after each step, for a live curve. After `run` the model is trained, and
+    `records` holds what `metrics.jsonl` holds: step, tokens, loss, grad_norm, rate, seconds, and now and then validation.
+    """
+
+    model: Llama
+    tokenizer: Tokenizer | None
+    batches: Callable[[int], Batch]
+    settings: TrainSettings
+    folder: Path
+    validation: Validation | None = None
+    snapshots: tuple[int, ...] = ()
+    on_step: Callable[[dict[str, Any]], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        self.optimizers = make_optimizers(self.model, self.settings)
+        self.device = self.model.embedding.weight.device
+        self.step = 0
+        self.records: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        """Train to the last step, going on from the newest checkpoint in the folder if there is one.
+
+        Ctrl-C lets the step that is under way finish, writes a checkpoint and raises KeyboardInterrupt.
+        Raises ValueError if the folder holds a run with other settings, and FloatingPointError when the loss or its
+        gradient is no longer a number; the last checkpoint is still good then.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        self.model.train()
+        bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", dynamic_ncols=True)
+        with _held_back_interrupts() as interrupted, bar, open(self.folder / "metrics.jsonl", "a") as metrics:
+            while self.step < self.settings.steps:
+                record = self._one_step()
+                self.records.append(record)
+                print(json.dumps(record), file=metrics, flush=True)
+                bar.set_postfix(self._progress(), refresh=False)
+                bar.update()
+                if self.on_step:
+                    self.on_step(record)
+                last = self.step == self.settings.steps or interrupted.is_set()
+                if last or self.step % self.settings.save_every == 0 or self.step in self.snapshots:
+                    self._save()
+                if interrupted.is_set():
+                    raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from here")
+        self.model.eval()
+
+    def _one_step(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        rate = rate_at(self.step, self.settings)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self.settings.learning_rate
+        first = self.step * self.settings.accumulate
+        parts = [self.batches(first + i) for i in range(self.settings.accumulate)]
+        scored = sum(part.scored for part in parts)
+        # Each part counts by its scored tokens, so that the sum is the gradient of one big batch.
+        loss = math.fsum(self._backward(part, part.scored / scored) for part in parts)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip).item()
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(
+                f"after step {self.step} the loss is {loss} and the norm of its gradient {norm}, expected numbers: the last "
+                f"checkpoint in {self.folder} is still good, go on from it with a learning rate below "
+                f"{self.settings.learning_rate}."
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        record: dict[str, Any] = {"step": self.step, "tokens": scored, "loss": loss, "grad_norm": norm, "rate": rate}
+        if self.validation and (self.step % self.settings.validate_every == 0 or self.step == self.settings.steps):
+            record["validation"] = mean_loss(self.model, self.validation.batches)
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        return record
+
+    def _backward(self, batch: Batch, weight: float) -> float:
+        inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
+        half = self.settings.precision == "bfloat16"
+        with onednn(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            loss = cross_entropy(self.model(inputs), targets) * weight
+        loss.backward()
+        return loss.item()
+
+    def _progress(self) -> dict[str, str]:
+        """What stands behind the progress bar."""
+        shown = {"loss": f"{self.records[-1]['loss']:.3f}"}
+        scores = [record["validation"] for record in self.records if "validation" in record]
+        if scores:
+            shown["validation"] = f"{scores[-1]:.4f}"
+            if self.validation and self.validation.floor is not None:
+                shown |= {"floor": f"{self.validation.floor:.4f}", "KL": f"{scores[-1] - self.validation.floor:.4f}"}
+        return shown
+
+    def _save(self) -> None:
+        """Write the checkpoint under another name, then rename it: under its own name it is always whole."""
+        unfinished = self.folder / "unfinished"
+        for left in [unfinished, *self.folder.glob(".unfinished.*")]:  # by a run that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+        save(self.model, self.tokenizer, unfinished)
+        state = {
+            "step": self.step,
+            "settings": asdict(self.settings),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "random": torch.get_rng_state(),
+        }
+        with open(unfinished / "trainer.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        finished = self.folder / f"step-{self.step}"
+        shutil.rmtree(finished, ignore_errors=True)
+        unfinished.rename(finished)
+        for old in checkpoints(self.folder)[:-2]:
+            if int(old.name.removeprefix("step-")) not in self.snapshots:
+                shutil.rmtree(old)
+
+    def _resume(self) -> None:
+        """Take up the newest checkpoint, and cut off what `metrics.jsonl` says about later steps."""
+        found = checkpoints(self.folder)
+        if not found:
+            return
+        try:
+            # weights_only: a file that would run code when it is read is refused.
+            state = torch.load(found[-1] / "trainer.pt", map_location=self.device, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{found[-1] / 'trainer.pt'} cannot be read ({type(error).__name__}), expected the state of a run: "
+                f"delete the folder {found[-1].name} to go on from the checkpoint before."
+            ) from error
+        for name, value in asdict(self.settings).items():
+            if state["settings"][name] != value:
+                raise ValueError(
+                    f"{self.folder} holds a run with {name} {state['settings'][name]}, not {value}: "
+                    f"go on with the same settings, or choose another folder."
+                )
+        saved, _ = load(found[-1], device=self.device)
+        if saved.config != self.model.config:
+            raise ValueError(
+                f"{self.folder} holds a model with {saved.config}, not {self.model.config}: "
+                f"go on with the same model, or choose another folder."
+            )
+        self.model.load_state_dict(saved.state_dict())
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        torch.set_rng_state(state["random"].cpu())
+        self.step = state["step"]
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines()[: self.step]
+        self.records = [json.loads(line) for line in lines]
+        rewritten = path.with_suffix(".new")
+        rewritten.write_text("".join(line + "\n" for line in lines))
+        os.replace(rewritten, path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(Path(folder).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+@contextlib.contextmanager
+def _held_back_interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event, for whoever is in the middle of a step; a second one interrupts at once, as ever."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # signals only ever reach the main thread
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def hold_back(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        interrupted.set()
+
+    signal.signal(signal.SIGINT, hold_back)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,231 @@
+"""Training: the schedule, the optimizers, accumulation, and that nothing is lost when a run is stopped or killed."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama.config import ModelConfig
+from minillama.data import Batch, Validation, stack
+from minillama.loss import IGNORE, cross_entropy
+from minillama.model import Llama
+from minillama.trainer import Trainer, TrainSettings, checkpoints, make_optimizers, mean_loss, rate_at
+
+CONFIG = ModelConfig(
+    dim=24, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=6, ffn_dim=20, vocab_size=31, max_seq_len=64, tie_embeddings=True
+)
+SETTINGS = TrainSettings(steps=24, warmup=3, learning_rate=0.01, save_every=3, validate_every=5)
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["minillama.trainer"])
+
+
+def batches(step: int) -> Batch:
+    """Rows of different lengths, which count upwards: easy to learn, and different at every step."""
+    rng = random.Random(step)
+    starts = [rng.randrange(20) for _ in range(5)]
+    return stack([[(start + i) % 31 for i in range(6 + start % 4)] for start in starts], pad_id=0)
+
+
+def make_trainer(folder: Path, settings: TrainSettings = SETTINGS, data=batches, **options) -> Trainer:
+    torch.manual_seed(1)
+    return Trainer(Llama(CONFIG), None, data, settings, folder, Validation([batches(10_000)], floor=0.5), **options)
+
+
+def train_in_child(folder: Path, delay: float) -> None:
+    torch.set_num_threads(1)
+    data = batches if delay == 0 else lambda step: (time.sleep(delay), batches(step))[1]
+    try:
+        make_trainer(folder, data=data).run()
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
+def what_remains(trainer: Trainer) -> tuple[dict, list]:
+    records = [{k: v for k, v in record.items() if k != "seconds"} for record in trainer.records]
+    return trainer.model.state_dict(), records
+
+
+def assert_same_run(one: Trainer, other: Trainer) -> None:
+    (weights, records), (other_weights, other_records) = what_remains(one), what_remains(other)
+    assert records == other_records
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    written = [json.loads(line) for line in (other.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in written] == [row["loss"] for row in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Trainer:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"))
+    trainer.run()
+    torch.set_num_threads(threads)
+    return trainer
+
+
+def test_the_loss_falls_and_the_records_say_so(uninterrupted):
+    losses = [record["loss"] for record in uninterrupted.records]
+    assert len(losses) == 24 and losses[-1] < 0.6 * losses[0]
+    assert [r["step"] for r in uninterrupted.records if "validation" in r] == [5, 10, 15, 20, 24]
+
+
+def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not(uninterrupted, tmp_path):
+    rng = random.Random(time.time_ns())  # other moments in every run of the tests
+    kills = 0
+    for _ in range(30):
+        child = forkserver.Process(target=train_in_child, args=(tmp_path, 0.02))
+        child.start()
+        child.join(rng.uniform(0.3, 1.5))
+        if child.exitcode is not None:
+            break
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += bool(checkpoints(tmp_path)) and len(checkpoints(tmp_path)) > 0
+    resumed = make_trainer(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    resumed.run()
+    torch.set_num_threads(threads)
+    assert kills > 0
+    assert_same_run(uninterrupted, resumed)
+    assert not list(tmp_path.glob(".unfinished*")) and len(checkpoints(tmp_path)) == 2
+
+
+def test_ctrl_c_finishes_the_step_saves_and_the_run_goes_on(uninterrupted, tmp_path):
+    child = forkserver.Process(target=train_in_child, args=(tmp_path, 0.05))
+    child.start()
+    deadline = time.time() + 60
+    while not checkpoints(tmp_path) and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGINT)
+    child.join(30)
+    assert child.exitcode == 130
+    stopped = int(checkpoints(tmp_path)[-1].name.removeprefix("step-"))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == stopped < 24
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    resumed = make_trainer(tmp_path)
+    resumed.run()
+    torch.set_num_threads(threads)
+    assert_same_run(uninterrupted, resumed)
+
+
+def test_snapshots_are_kept_and_other_checkpoints_are_not(tmp_path):
+    make_trainer(tmp_path, snapshots=(4, 7)).run()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-4", "step-7", "step-21", "step-24"]
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.02}, {"steps": 30}, {"optimizer": "adamw"}])
+def test_other_settings_are_not_mixed_into_a_run(uninterrupted, change):
+    (name, value), = change.items()
+    settings = TrainSettings(**{**vars(SETTINGS), **change})
+    with pytest.raises(ValueError, match=rf"{name} {getattr(SETTINGS, name)}, not {value}"):
+        make_trainer(uninterrupted.folder, settings).run()
+
+
+def test_another_model_is_not_mixed_into_a_run(uninterrupted):
+    torch.manual_seed(1)
+    other = Llama(ModelConfig.from_dict({**CONFIG.to_dict(), "ffn_dim": 22}))
+    with pytest.raises(ValueError, match="ffn_dim=20.*not.*ffn_dim=22"):
+        Trainer(other, None, batches, SETTINGS, uninterrupted.folder).run()
+
+
+def test_a_damaged_state_names_the_folder_to_delete(tmp_path):
+    make_trainer(tmp_path, TrainSettings(steps=4, warmup=0, save_every=2)).run()
+    (tmp_path / "step-4" / "trainer.pt").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(ValueError, match="delete the folder step-4"):
+        make_trainer(tmp_path, TrainSettings(steps=4, warmup=0, save_every=2)).run()
+
+
+class Canary:
+    def __reduce__(self):
+        return Path.touch, (Path("canary"),)
+
+
+def test_a_state_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = TrainSettings(steps=2, warmup=0, save_every=2)
+    make_trainer(tmp_path, settings).run()
+    torch.save({"step": Canary()}, tmp_path / "step-2" / "trainer.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        make_trainer(tmp_path, settings).run()
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path)
+
+    def break_it(record):
+        if record["step"] == 8:
+            trainer.model.norm.weight.data.fill_(torch.nan)
+
+    trainer.on_step = break_it
+    with pytest.raises(FloatingPointError, match="after step 8 the loss is nan"):
+        trainer.run()
+    kept = checkpoints(tmp_path)[-1]
+    assert kept.name == "step-6"
+    whole = make_trainer(tmp_path)
+    whole.run()
+    assert whole.step == 24 and all(torch.isfinite(p).all() for p in whole.model.parameters())
+
+
+def test_accumulated_parts_give_the_step_of_one_big_batch(tmp_path):
+    def halves(step):
+        whole = batches(step // 2)
+        cut = slice(0, 2) if step % 2 == 0 else slice(2, 5)  # two rows, three rows: not equally many tokens
+        return Batch(whole.inputs[cut], whole.targets[cut])
+
+    one = make_trainer(tmp_path / "one", TrainSettings(steps=4, warmup=0))
+    two = make_trainer(tmp_path / "two", TrainSettings(steps=4, warmup=0, accumulate=2), halves)
+    one.run(), two.run()
+    for a, b in zip(one.records, two.records, strict=True):
+        assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_the_schedule_rises_in_a_line_and_falls_along_a_cosine_to_its_end():
+    settings = TrainSettings(steps=110, warmup=10, final_rate=0.1)
+    rates = [rate_at(step, settings) for step in range(111)]
+    assert rates[:11] == pytest.approx([0.1 * (i + 1) for i in range(10)] + [1.0])
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_each_parameter_has_one_optimizer_and_norms_do_not_decay(optimizer):
+    model = Llama(CONFIG)
+    optimizers = make_optimizers(model, TrainSettings(optimizer=optimizer, weight_decay=0.3))
+    seen = [(id(p), group["weight_decay"]) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(i for i, _ in seen) == sorted(id(p) for p in model.parameters())
+    decay = dict(seen)
+    assert all(decay[id(p)] == (0.3 if p.dim() == 2 else 0) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"warmup": 2000}, {"learning_rate": 0.0}, {"optimizer": "sgd"}, {"precision": "fp8"}]
+)
+def test_settings_that_cannot_work_are_refused_with_their_value(wrong):
+    (name, value), = wrong.items()
+    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+        TrainSettings(**wrong)
+
+
+def test_the_mean_loss_counts_each_token_once():
+    torch.manual_seed(2)
+    model = Llama(CONFIG)
+    small, large = stack([[1, 2, 3]], 0), stack([[4, 5, 6, 7, 8, 9, 10], [1, 2]], 0)
+    total = sum(cross_entropy(model(b.inputs), b.targets).item() * (b.targets != IGNORE).sum().item() for b in (small, large))
+    assert mean_loss(model, [small, large]) == pytest.approx(total / 9, rel=1e-6)
+
+
+def test_bf16_training_keeps_the_weights_in_fp32_and_learns(tmp_path):
+    trainer = make_trainer(tmp_path, TrainSettings(steps=24, warmup=3, learning_rate=0.01, precision="bfloat16"))
+    trainer.run()
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    assert trainer.records[-1]["loss"] < 0.7 * trainer.records[0]["loss"]
