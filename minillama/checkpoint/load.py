@@ -90,7 +90,7 @@ def _check_device(device: str | torch.device) -> torch.device:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f'the device {str(device)!r:.40} is not there ({reason}); "cpu" always is.') from None
     if device.type == "meta":
         raise ValueError('the device "meta" holds no numbers; "cpu" always does.')
