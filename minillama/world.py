@@ -332,6 +332,8 @@ class Grammar:
 
     def read(self, text: str, heldout: bool = False) -> Story:
         """Find the one derivation of a text. Raises Fault where it leaves the grammar."""
+        if not isinstance(text, str):
+            raise Fault(f"expected a text, found {type(text).__name__}", 0)
         return self._walk(_Reader(text, heldout))
 
     def stories(self, heldout: bool = False) -> Iterator[Story]:
@@ -644,7 +646,7 @@ def _choice(text: str, words: dict[str, list[Word]]) -> _Choice:
 
 def _openings(template: _Template, words: dict[str, list[Word]]) -> tuple[str, ...]:
     """The texts with which a template can begin."""
-    match next(node for node in template.nodes if not isinstance(node, _Hidden)):
+    match next((node for node in template.nodes if not isinstance(node, _Hidden)), "nothing"):
         case _Say(text):
             return (text,)
         case _New(_, among):
