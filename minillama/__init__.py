@@ -7,6 +7,7 @@
 
 from minillama.checkpoint import load, save
 from minillama.config import ModelConfig
+from minillama.generation import generate
 from minillama.model import Llama
 
-__all__ = ["Llama", "ModelConfig", "load", "save"]
+__all__ = ["Llama", "ModelConfig", "generate", "load", "save"]
