@@ -64,9 +64,6 @@ class Tokenizer:
         token, count = Counter(["", *tokens]).most_common(1)[0]
         if count > 1:
             raise ValueError(f"the vocabulary has {token!r} {count} times; tokens must differ, and none may be empty")
-        for name, i in (("bos_id", bos_id), ("eos_id", eos_id), ("pad_id", pad_id)):
-            if i is not None and not 0 <= i < self.vocab_size:
-                raise ValueError(f"{name} is {i}, but the vocabulary has {self.vocab_size} tokens")
         if eos_id is None:
             raise ValueError("the vocabulary names no EOS token; without one no text ever ends")
         self._tokens, self._contents, self._space_prefix = tokens, contents, space_prefix
@@ -261,7 +258,7 @@ class SentencePieceTokenizer(Tokenizer):
                 pad_id=3,
                 control_symbols=["<|im_start|>", "<|im_end|>"],
                 user_defined_symbols=["\n"],
-                max_sentence_length=2**30,  # the default drops longer texts without a word
+                max_sentence_length=2**30,  # the default silently drops longer texts
                 num_threads=1,
                 minloglevel=2,
             )
@@ -280,9 +277,8 @@ class SentencePieceTokenizer(Tokenizer):
         tokens, types = _gguf_list(fields, "tokens", str), _gguf_list(fields, "token_type", int)
         scores = _gguf_list(fields, "scores", float)
         if not len(tokens) == len(types) == len(scores):
-            raise ValueError(
-                f"there are {len(tokens)} tokens, {len(types)} types and {len(scores)} scores; these must fit"
-            )
+            counts = f"{len(tokens)} tokens, {len(types)} token types and {len(scores)} scores"
+            raise ValueError(f"there are {counts}; they must be equally many")
         if not set(types) <= set(range(NORMAL, BYTE + 1)) or any(abs(score) > 1e38 for score in scores):
             raise ValueError(
                 f"token types must be {NORMAL} to {BYTE} and scores 1e38 at most; the GGUF file is damaged"
@@ -380,7 +376,7 @@ class BPETokenizer(Tokenizer):
         self._library.pre_tokenizer = words
         user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
         self._library.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
-        # Without a word, text would lose the bytes that have no token (SmolLM2: 21; most never occur in UTF-8).
+        # The library silently drops bytes that have no token (SmolLM2 lacks 21; most of them never occur in UTF-8).
         self._unwritable = bytes(b for c, b in BYTE_OF.items() if c not in vocabulary)
 
     def _encode_text(self, text: str) -> list[int]:
@@ -390,7 +386,7 @@ class BPETokenizer(Tokenizer):
         return self._library.encode(text, add_special_tokens=False).ids
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json`: the part of the metadata that the constructor reads."""
+        """Write `tokenizer.json`: the metadata that the constructor takes, as JSON."""
         _write(Path(folder), "tokenizer.json", json.dumps(self._fields).encode(), not_beside="tokenizer.model")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import minillama.tokenizer as module
@@ -97,13 +97,24 @@ def test_text_never_becomes_a_control_token(tokenizer, text):
 
 
 @BOTH_KINDS
-@given(text=any_text)
+@example("<|im_start|> Tom")
+@example("<|eot_id|><s> Tom<s>Tom")
+@given(any_text)
 def test_with_control_the_text_of_control_tokens_becomes_those_tokens(tokenizer, text):
     ids = tokenizer.encode(text, control=True)
     names = sorted((tokenizer.piece(i) for i in control_ids(tokenizer)), key=len, reverse=True)
     assert tokenizer.decode(ids, control=True) == text
     expected = re.findall("|".join(map(re.escape, names)), text)
     assert [tokenizer.piece(i) for i in ids if i in control_ids(tokenizer)] == expected
+
+
+def test_of_two_control_tokens_the_longer_one_is_meant():
+    more = {
+        "tokenizer.ggml.tokens": [*FIELDS["smollm"]["tokenizer.ggml.tokens"], "<|im_end|>!"],
+        "tokenizer.ggml.token_type": [*FIELDS["smollm"]["tokenizer.ggml.token_type"], 3],
+    }
+    tokenizer = BPETokenizer(FIELDS["smollm"] | more)
+    assert tokenizer.encode("<|im_end|>!", control=True) == [tokenizer.vocab_size - 1]
 
 
 @BOTH_KINDS
@@ -472,6 +483,9 @@ def test_a_sentencepiece_vocabulary_in_a_gguf_file_is_the_same_tokenizer(text):
 def test_a_sentencepiece_vocabulary_in_a_gguf_file_keeps_its_control_tokens():
     for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "stop_ids", "add_bos"):
         assert getattr(FROM_GGUF, name) == getattr(TOY, name)
+    names = ["[unk]", "[bos]", "[eos]", "[pad]", *LLAMA_FIELDS["tokenizer.ggml.tokens"][4:]]
+    renamed = tokenizer_from_gguf(LLAMA_FIELDS | {"tokenizer.ggml.tokens": names})
+    assert (renamed.bos_id, renamed.eos_id, renamed.pad_id) == (1, 2, 3)
     without = tokenizer_from_gguf(LLAMA_FIELDS | {"tokenizer.ggml.add_space_prefix": False})
     assert [without.piece(i) for i in without.encode("Tom")] == ["Tom"]
     assert without.decode(without.encode(" Tom")) == " Tom"
@@ -481,7 +495,7 @@ def test_a_sentencepiece_vocabulary_in_a_gguf_file_keeps_its_control_tokens():
     ("changes", "message"),
     [
         ({"scores": None}, "tokenizer.ggml.scores must be a list of float, got None"),
-        ({"scores": [0.0]}, "there are 400 tokens, 400 types and 1 scores"),
+        ({"scores": [0.0]}, "there are 400 tokens, 400 token types and 1 scores"),
         ({"scores": [1e300] * 400}, "scores 1e38 at most"),
         ({"token_type": [0] * 400}, "token types must be 1 to 6"),
         ({"token_type": [1] * 400}, "is damaged"),
@@ -534,7 +548,7 @@ def test_a_model_is_read_from_a_path_or_from_bytes(tmp_path):
 def test_a_save_that_fails_leaves_the_old_file_and_no_other(tokenizer, tmp_path, monkeypatch):
     tokenizer.save(tmp_path)
     (path,) = tmp_path.iterdir()
-    before = path.read_bytes()
+    path.write_bytes(b"the old file")
 
     def fail(*paths):
         raise OSError("disk full")
@@ -542,7 +556,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tokenizer, tmp_path,
     monkeypatch.setattr(module.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         tokenizer.save(tmp_path)
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [before]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the old file"]
 
 
 def test_two_tokenizers_do_not_share_a_folder(tmp_path):
@@ -586,10 +600,12 @@ def use(tokenizer: Tokenizer) -> None:
 
 
 def test_a_sentencepiece_file_cut_anywhere_is_refused():
-    for length in range(0, len(TOY._model), 7):
+    for length in [*range(0, len(TOY._model), 7), *range(len(TOY._model) - 100, len(TOY._model))]:
         with pytest.raises(ValueError, match="damaged") as caught:
             SentencePieceTokenizer(TOY._model[:length])
         assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="damaged"):  # four bytes are announced; none may be taken from elsewhere
+        SentencePieceTokenizer(TOY._model + bytes([15 << 3 | 2, 4]))
 
 
 @settings(max_examples=400)

@@ -8,12 +8,12 @@ import pytest
 import regex
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from minillama.tokenizer import BPETokenizer, SentencePieceTokenizer, tokenizer_from_gguf
+from minillama.tokenizer import PRE_TOKENIZERS, BPETokenizer, SentencePieceTokenizer, tokenizer_from_gguf
 
 CORPUS = [
     "",
@@ -208,6 +208,15 @@ def small_fields(pre: str) -> dict:
 
 SMALL_FIELDS = {pre: small_fields(pre) for pre in ("smollm", "llama-bpe")}
 SMALL = {pre: BPETokenizer(fields) for pre, fields in SMALL_FIELDS.items()}
+
+
+@pytest.mark.parametrize("pre", SMALL)
+@example("'Stop 'stop I'LLx 'RE'ved ' s")
+@given(any_text)
+def test_text_is_cut_into_the_same_words(pre, text):
+    spelling = bytes_to_unicode()
+    expected = ["".join(spelling[byte] for byte in word.encode()) for word in words(text, pre)]
+    assert [word for word, _ in PRE_TOKENIZERS[pre][0].pre_tokenize_str(text)] == expected
 
 
 @pytest.mark.parametrize("pre", SMALL)
