@@ -91,6 +91,12 @@ def test_l2_norm_is_that_of_pytorch(shape):
     torch.testing.assert_close(l2_norm(x).norm(dim=-1), torch.ones(shape[:-1]))
 
 
+def test_a_short_vector_gets_length_one_as_well():
+    x = torch.tensor([[3e-6, -4e-6]])
+    torch.testing.assert_close(l2_norm(x), torch.tensor([[0.6, -0.8]]))
+    assert l2_norm(x, eps=1e-3).norm() < 0.1
+
+
 def test_rms_norm_without_weight_is_l2_norm_times_the_root_of_dim():
     x = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(RMSNorm(10, 1e-12)(x), l2_norm(x) * 10**0.5)
