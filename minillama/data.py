@@ -32,7 +32,7 @@ class Batch:
 
 
 def stack(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
-    """Rows of token ids, each with its end, to one batch. Shorter rows are filled up behind, and the filling is not scored.
+    """Rows of token ids, each with its end, to one batch. Shorter rows are filled up behind; the filling is not scored.
 
     Padding stands behind the text, so under a causal mask no real token ever sees it.
     """
@@ -65,7 +65,8 @@ class StoryBatches:
         rng = random.Random(f"{self.seed}:{number}")
         stories = [world.sample(rng).text for _ in range(self.batch_size * self.GROUP)]
         rows = sorted((self.tokenizer.encode(text, bos=True, eos=True) for text in stories), key=len)
-        batches = [stack(rows[i : i + self.batch_size], self.tokenizer.pad_id) for i in range(0, len(rows), self.batch_size)]
+        starts = range(0, len(rows), self.batch_size)
+        batches = [stack(rows[i : i + self.batch_size], self.tokenizer.pad_id) for i in starts]
         rng.shuffle(batches)
         return batches
 
@@ -78,7 +79,9 @@ class TextBatches:
 
     def __init__(self, tokens: Tensor, batch_size: int, length: int, seed: int = 0):
         if len(tokens) <= length:
-            raise ValueError(f"the text has {len(tokens)} tokens, a window needs {length + 1}: give more text or shorten the window.")
+            raise ValueError(
+                f"the text has {len(tokens)} tokens, but a window needs {length + 1}: give more, or a shorter window."
+            )
         self.tokens, self.batch_size, self.length, self.seed = tokens, batch_size, length, seed
 
     def __call__(self, step: int) -> Batch:
@@ -97,7 +100,9 @@ class Validation:
     floor: float | None = None
 
 
-def story_validation(tokenizer: Tokenizer, stories: int, seed: int, batch_size: int = 64, heldout: bool = False) -> Validation:
+def story_validation(
+    tokenizer: Tokenizer, stories: int, seed: int, batch_size: int = 64, heldout: bool = False
+) -> Validation:
     """Whole stories, BOS to EOS, every token scored, with their floor: -Σ log_prob(story) / number of scored tokens.
 
     No model can beat the floor in the long run, and the distance to it is the KL divergence from the world to the

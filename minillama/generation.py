@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -44,16 +45,16 @@ def generate(
 
     Raises ValueError for a value that makes no sense and for a prompt that is longer than the model's context.
     """
-    one = isinstance(prompt, str) or bool(prompt) and isinstance(prompt[0], int)
-    prompts: list[Prompt] = [prompt] if one else list(prompt)  # type: ignore[list-item]
+    one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+    prompts = cast("list[Prompt]", [prompt] if one else list(prompt))
     rows = [_encode(tokenizer, each) for each in prompts]
     _check(model, rows, max_new_tokens, stop, temperature, top_k, top_p, min_p)
     choose = Sampler(len(rows), temperature, top_k, top_p, min_p, seed, model.embedding.weight.device)
     steps = write(model, rows, choose, max_new_tokens, tokenizer.stop_ids)
     if stream:
         if not one:
-            raise ValueError(f"stream=True was given {len(rows)} prompts, expected one: stream them one after the other.")
-        tokens = (step[0] for step in steps)
+            raise ValueError(f"stream=True was given {len(rows)} prompts, expected one: stream one after the other.")
+        tokens = (token for step in steps for token in step if token is not None)
         return _until(tokenizer.decode_stream(tokens, start=prompt == ""), stop)
 
     written: list[list[int]] = [[] for _ in rows]
@@ -108,7 +109,7 @@ def write(
 
 
 class Sampler:
-    """Chooses the next token of each row: logits (B, V) fp32 → tokens (B,) int64. Each row has its own random numbers."""
+    """Chooses each row's next token: logits (B, V) fp32 → tokens (B,) int64. Each row has its own random numbers."""
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> Tensor:
         if not logits.amax(-1).isfinite().all():
-            raise ValueError("the model's scores are not numbers (NaN or infinite), expected finite ones: check its weights.")
+            raise ValueError("the model's scores are NaN or infinite, expected finite numbers: check its weights.")
         if self.temperature == 0:
             return logits.argmax(-1)
         p = probabilities(logits, self.temperature, self.top_k, self.top_p, self.min_p)
@@ -200,14 +201,23 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return tokenizer.encode(prompt, bos=bos)
 
 
-def _check(model, rows, max_new_tokens, stop, temperature, top_k, top_p, min_p) -> None:
+def _check(
+    model: Llama,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float,
+) -> None:
     config = model.config
     if not rows or not all(rows):
-        raise ValueError("there is no prompt, or one without tokens, expected at least one token in each: give some text.")
+        raise ValueError("there is no prompt, or an empty one, expected at least one token in each: give some text.")
     longest = max(len(row) for row in rows)
     if longest >= config.max_seq_len:
         raise ValueError(
-            f"a prompt has {longest} tokens, but the model's context holds {config.max_seq_len}, of which one is for the "
+            f"a prompt has {longest} tokens, but the model's context holds {config.max_seq_len}, one of them for the "
             f"answer: shorten it to {config.max_seq_len - 1}."
         )
     for row in rows:

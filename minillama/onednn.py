@@ -34,7 +34,7 @@ class _Linear(torch.autograd.Function):
         return for_x, for_weight
 
 
-class onednn(TorchFunctionMode):  # noqa: N801  (it is used as a function: `with onednn():`)
+class onednn(TorchFunctionMode):
     """Within this context, linear layers in fp32 on the CPU are computed by oneDNN, forward and backward."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,7 +1,8 @@
-"""Training (chapter 09): predict, measure the surprise, nudge every weight, many thousand times; and survive being stopped.
+"""Training (chapter 09): predict, measure the surprise, nudge every weight, many thousand times; and lose nothing.
 
-All that a run has become after a step is in its newest checkpoint: weights, optimizers, random state, the step's number.
-What comes next follows from these alone, so a run that is killed and resumed ends with the same bits as one that is not.
+All that a run has become after a step is in its newest checkpoint: weights, optimizers, random state, the number of
+the step. What comes next follows from these alone, so a run that is killed and resumed ends with the same bits as one
+that is not.
 """
 
 import contextlib
@@ -121,7 +122,7 @@ class Trainer:
 
     `batches(step)` gives the data. `snapshots` are the steps whose checkpoints are kept; of the others only the newest
     two are. `on_step(record)` is called after each step, for a live curve. After `run` the model is trained, and
-    `records` holds what `metrics.jsonl` holds: step, tokens, loss, grad_norm, rate, seconds, and now and then validation.
+    `records` holds what `metrics.jsonl` holds: step, tokens, loss, grad_norm, rate, seconds, at times validation.
     """
 
     model: Llama
@@ -181,8 +182,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip).item()
         if not math.isfinite(loss + norm):
             raise FloatingPointError(
-                f"after step {self.step} the loss is {loss} and the norm of its gradient {norm}, expected numbers: the last "
-                f"checkpoint in {self.folder} is still good, go on from it with a learning rate below "
+                f"after step {self.step} the loss is {loss} and the norm of its gradient {norm}, expected numbers: the "
+                f"last checkpoint in {self.folder} is still good, go on from it with a learning rate below "
                 f"{self.settings.learning_rate}."
             )
         for optimizer in self.optimizers:

@@ -18,7 +18,8 @@ from minillama.model import Llama
 from minillama.trainer import Trainer, TrainSettings, checkpoints, make_optimizers, mean_loss, rate_at
 
 CONFIG = ModelConfig(
-    dim=24, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=6, ffn_dim=20, vocab_size=31, max_seq_len=64, tie_embeddings=True
+    dim=24, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=6, ffn_dim=20,
+    vocab_size=31, max_seq_len=64, tie_embeddings=True,
 )
 SETTINGS = TrainSettings(steps=24, warmup=3, learning_rate=0.01, save_every=3, validate_every=5)
 forkserver = multiprocessing.get_context("forkserver")
@@ -220,7 +221,9 @@ def test_the_mean_loss_counts_each_token_once():
     torch.manual_seed(2)
     model = Llama(CONFIG)
     small, large = stack([[1, 2, 3]], 0), stack([[4, 5, 6, 7, 8, 9, 10], [1, 2]], 0)
-    total = sum(cross_entropy(model(b.inputs), b.targets).item() * (b.targets != IGNORE).sum().item() for b in (small, large))
+    losses = [cross_entropy(model(b.inputs), b.targets).item() for b in (small, large)]
+    counts = [int((b.targets != IGNORE).sum()) for b in (small, large)]
+    total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
     assert mean_loss(model, [small, large]) == pytest.approx(total / 9, rel=1e-6)
 
 

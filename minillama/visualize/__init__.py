@@ -1,6 +1,7 @@
 """Looking inside (chapter 11): recorders, which take numbers out of a running model, and views, which draw them."""
 
 from minillama.visualize.attention import attention_figure, strongest_head
+from minillama.visualize.picture import picture
 from minillama.visualize.record import attention_probabilities
 
-__all__ = ["attention_figure", "attention_probabilities", "strongest_head"]
+__all__ = ["attention_figure", "attention_probabilities", "picture", "strongest_head"]

@@ -1,10 +1,11 @@
 """Attention maps: which token looks at which, and how much."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from minillama.visualize.picture import picture
 
 if TYPE_CHECKING:
     from IPython.display import Image
@@ -27,22 +28,17 @@ def attention_figure(probabilities: Tensor, pieces: Sequence[str], *, title: str
     who cannot see it.
     """
     import matplotlib.pyplot as plt
-    from IPython.display import Image
 
     count = len(pieces)
     if probabilities.shape != (count, count):
-        raise ValueError(f"the map has the shape {tuple(probabilities.shape)}, expected ({count}, {count}) for {count} tokens.")
+        raise ValueError(f"the map is {tuple(probabilities.shape)}, expected ({count}, {count}) for {count} tokens.")
     side = 1.5 + 0.17 * count
     figure, axes = plt.subplots(figsize=(side + 0.9, side), layout="constrained")
-    picture = axes.imshow(probabilities, cmap="cividis", vmin=0, vmax=1)  # readable for the colour-blind, and in grey
+    image = axes.imshow(probabilities, cmap="cividis", vmin=0, vmax=1)  # readable for the colour-blind, and in grey
     axes.set_xticks(range(count), pieces, rotation=90, fontsize=7)
     axes.set_yticks(range(count), pieces, fontsize=7)
     axes.set_xlabel("is looked at")
     axes.set_ylabel("looks")
     axes.set_title(title, fontsize=10)
-    figure.colorbar(picture, ax=axes, shrink=0.7, label="share of attention")
-    buffer = io.BytesIO()
-    # A white ground of its own, so that it reads in a dark page too; no date inside, so that it is the same each time.
-    figure.savefig(buffer, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    plt.close(figure)
-    return Image(data=buffer.getvalue(), alt=alt)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share of attention")
+    return picture(figure, alt)

@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
+from minillama.attention import Attention
 from minillama.model import Llama
 
 
@@ -15,10 +17,14 @@ def attention_probabilities(model: Llama, tokens: Tensor) -> Tensor:
     """
     if tokens.dim() != 1:
         raise ValueError(f"tokens have the shape {tuple(tokens.shape)}, expected (time,): give one text at a time.")
-    layers = [block.attention for block in model.blocks]
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
     fast = [layer.fast for layer in layers]
     seen: list[Tensor] = []
-    handles = [layer.tap.register_forward_hook(lambda _, __, out: seen.append(out[0].float().cpu())) for layer in layers]
+
+    def put_away(tap: Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        seen.append(output[0].float().cpu())
+
+    handles = [layer.tap.register_forward_hook(put_away) for layer in layers]
     try:
         for layer in layers:
             layer.fast = False
