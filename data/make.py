@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a row of a card's table is one line)
 """Make everything in this folder again: `make toy`, or `python data/make.py`.
 
 The tokenizer, the toy model, checkpoints along its way, the sample of the corpus and the two cards. It takes about 25
