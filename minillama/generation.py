@@ -1,13 +1,18 @@
-"""Writing (chapter 10): ask for the next token's probabilities, choose one, put it behind the text, ask again.
+"""Generation (chapter 10): from scores to text, one token at a time.
 
-Letters: B batch, T time, V vocab_size.
+A model says how likely every token is to come next. What is left is to choose one, append it, and ask again. Top to
+bottom: ways to narrow the choice (filters), one choice (`Sampling`), a loop of choices (`stream_tokens`), a search for
+a likely whole (`beam_search`), and on top of them `generate`, from text to text.
+
+Letters: B batch (prompts, or beams), T tokens in a prompt, V vocabulary.
 """
 
-from __future__ import annotations
-
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+import operator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +21,198 @@ from minillama.cache import KVCache
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
-Prompt = str | list[int]
+
+def top_k_filter(logits: Tensor, k: int) -> Tensor:
+    """Keep the k highest logits of every row (B, V), and what ties with the k-th; the others become -inf.
+
+    Source: Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.3.
+    """
+    kth = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+    return logits.masked_fill(logits < kth, -torch.inf)
+
+
+def top_p_filter(logits: Tensor, p: float) -> Tensor:
+    """Keep the likeliest tokens of every row (B, V) until together they have probability p; the others become -inf.
+
+    The token that crosses p is kept, so one always is. Of equal tokens, those with lower ids go first.
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1 (nucleus sampling).
+    """
+    ordered, ids = logits.sort(descending=True, stable=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens together
+    return logits.masked_fill((before >= p).scatter(-1, ids, before >= p), -torch.inf)
+
+
+def min_p_filter(logits: Tensor, p: float) -> Tensor:
+    """Keep the tokens of every row (B, V) with at least p times the probability of the likeliest; p > 0.
+
+    Source: Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling", section 3.
+    """
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -torch.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: by chance, from scores that a temperature and three filters have shaped.
+
+    temperature: scores are divided by it. Below 1 the likely tokens gain, above 1 the unlikely; 0 always takes the
+    likeliest (greedy). The filters follow in this order; by default they keep everything.
+    Raises ValueError for a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "a number from 0")  # nan is not
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        if self.top_k is not None:
+            _check_count("top_k", self.top_k)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits (B, V) to the probabilities (B, V) with which each token is drawn. Not for temperature 0."""
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)  # 0 / tiny: no overflow
+        if self.top_k is not None:
+            logits = top_k_filter(logits, self.top_k)
+        if self.top_p < 1:
+            logits = top_p_filter(logits, self.top_p)
+        if self.min_p > 0:
+            logits = min_p_filter(logits, self.min_p)
+        return logits.softmax(-1)
+
+
+def sample_next(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """Logits (B, V) to one token for every row, (B,). Each row has its own source of chance: rows do not influence
+    each other. Raises ValueError for logits that are not finite."""
+    _check_finite(logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    rows = zip(sampling.probabilities(logits), generators, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+
+
+@torch.inference_mode()
+def next_logits(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Scores (B, V), in fp32, of what may follow the last of `tokens` (B, T), which follow those in the cache."""
+    return model.scores(model.hidden(tokens, cache)[:, -1]).float()
+
+
+def stream_tokens(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int | None = None,
+    stop_ids: Collection[int] = (),
+) -> Iterator[list[int | None]]:
+    """Continue several prompts (token ids) at once. Each step yields one new token for every prompt.
+
+    A row ends with one of `stop_ids` (which is yielded), after `max_new_tokens`, or when the model's context is full;
+    from then on it yields None, until all rows have ended. Row i draws with seed + i, so it says what its prompt says
+    alone with that seed (up to rounding: a batch is summed in another order). Without a seed, PyTorch's own decides.
+    Raises ValueError for a prompt that is empty, unknown to the vocabulary or too long.
+    """
+    _check_prompts(model, prompts, max_new_tokens)
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    _check("seed", seed, isinstance(seed, int) and 0 <= seed < 2**63, "a whole number from 0 to 2**63 - 1")
+    device = model.norm.weight.device
+    generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
+    return _steps(model, prompts, max_new_tokens, sampling, generators, stop_ids)
+
+
+@torch.inference_mode()  # on a generator it holds while a step is computed, not between steps
+def _steps(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    stop_ids: Collection[int],
+) -> Iterator[list[int | None]]:
+    longest = max(map(len, prompts))
+    left = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]  # tokens, by row
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+    cache = _new_cache(model, longest + max(left), padding)
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=cache.device)
+    while any(left):
+        chosen = sample_next(next_logits(model, tokens, cache), sampling, generators)
+        tokens = chosen[:, None]  # the cache has seen the prompt: from now on, only the new tokens go in
+        step = [token if n else None for token, n in zip(chosen.tolist(), left, strict=True)]
+        left = [0 if token is None or token in stop_ids else n - 1 for token, n in zip(step, left, strict=True)]
+        yield step
+
+
+class Beam(NamedTuple):
+    """A continuation that `beam_search` found. score: log-probability / length**length_penalty."""
+
+    score: float
+    ids: list[int]
+
+
+@torch.inference_mode()
+def beam_search(
+    model: Llama,
+    ids: Sequence[int],
+    *,
+    beams: int,
+    max_new_tokens: int,
+    length_penalty: float = 1.0,
+    n_best: int = 1,
+    stop_ids: Collection[int] = (),
+) -> list[Beam]:
+    """Look for the likeliest continuations of one prompt: at every step, keep the `beams` likeliest so far.
+
+    A continuation is finished by one of `stop_ids` (its last token) or after `max_new_tokens`; those with the best
+    `n_best` scores are returned, best first. A long text is less probable than a short one: a larger `length_penalty`
+    (say 2; 0 is none) prefers longer ones. The search ends when the best open beam, as it stands, scores no better than
+    the worst of `beams` finished ones: the rule of `transformers` with `early_stopping=False`.
+    Source: Wu et al. 2016, "Google's Neural Machine Translation System", section 7, with a simpler penalty.
+    Raises ValueError as `stream_tokens` does, and for n_best > beams.
+    """
+    _check_prompts(model, [ids], max_new_tokens)
+    _check_count("beams", beams)
+    _check("n_best", n_best, isinstance(n_best, int) and 1 <= n_best <= beams, f"from 1 to the {beams} beams")
+    _check("length_penalty", length_penalty, math.isfinite(length_penalty), "finite")
+    limit = min(max_new_tokens, model.config.max_seq_len - len(ids))
+    cache = _new_cache(model, len(ids) + limit, torch.zeros(1, dtype=torch.int64))
+    logits = next_logits(model, torch.tensor([list(ids)], device=cache.device), cache)
+    totals = torch.zeros(1, device=cache.device)  # log-probability of each open beam
+    texts: list[list[int]] = [[]]  # and its tokens
+    finished: list[Beam] = []
+    for length in range(1, limit + 1):
+        _check_finite(logits)
+        scores = (totals[:, None] + logits.log_softmax(-1)).flatten()  # (beams · V,)
+        # Each beam has len(stop_ids) ways to end, so among this many there are `beams` that go on.
+        best, places = scores.topk(min(max(2, 1 + len(stop_ids)) * beams, len(scores)))
+        rows, tokens = places // logits.shape[-1], places % logits.shape[-1]
+        going = []  # places in `best` of those that go on
+        for i, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
+            if token not in stop_ids and length < limit:
+                going.append(i)
+            elif i < beams:  # worse ones may go on where better ones end, but do not count as finished
+                finished.append(Beam(best[i].item() / length**length_penalty, [*texts[row], token]))
+        finished = sorted(finished, key=operator.attrgetter("score"), reverse=True)[:beams]
+        if not going or (
+            len(finished) == beams and best[going[0]].item() / length**length_penalty <= finished[-1].score
+        ):
+            break
+        going = going[:beams]
+        texts = [[*texts[rows[i]], int(tokens[i])] for i in going]
+        totals = best[going]
+        cache.reorder(rows[going])
+        logits = next_logits(model, tokens[going, None], cache)
+    return finished[:n_best]
 
 
 def generate(
     model: Llama,
     tokenizer: Tokenizer,
-    prompt: Prompt | Sequence[Prompt] = "",
+    prompt: Any,
     *,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
@@ -30,207 +220,133 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    beams: int | None = None,
+    length_penalty: float = 1.0,
+    n_best: int = 1,
+    stop: str | Sequence[str] = (),
     stream: bool = False,
-) -> str | list[str] | Iterator[str]:
-    """Go on with a text: a str for one prompt, a list for a list of prompts.
+) -> Any:
+    """Continue a prompt: `print(generate(model, tokenizer, "Once upon a time"))`.
 
-    A prompt is a text, which the result begins with ("" starts from BOS), or token ids as `tokenizer.chat` makes them,
-    whose result is only what is new. With `stream`, one prompt gives an iterator over the pieces of what is new.
+    prompt: a text ("" starts a new one), or token ids, as `tokenizer.chat` makes them; or a list of such prompts.
+    Returns a str for a prompt, a list for a list. **After a text it includes the text, so that it is whole; after
+    token ids it is only what is new.** stream=True, for one prompt: an iterator over pieces of what is new.
 
-    max_new_tokens: also ends where the model's context ends. stop: texts that end the writing and are cut off; the
-    tokenizer's `stop_ids` always end it. temperature: 0 takes the most probable token each time; top_k, top_p and min_p
-    leave unlikely tokens out (see the functions below). seed: row i of a batch draws as its prompt alone would with
-    `seed + i`; None draws differently each time.
-
-    Raises ValueError for a value that makes no sense and for a prompt that is longer than the model's context.
+    The text ends at one of `tokenizer.stop_ids`, before any of the `stop` strings, after `max_new_tokens`, or when the
+    model's context is full. temperature, top_k, top_p, min_p: see `Sampling`; temperature=0 is greedy. The same seed
+    gives the same text; prompt i of a list draws with seed + i.
+    beams: look for the likeliest text instead of drawing one (`beam_search`); n_best above 1 gives a list for a prompt.
+    Raises ValueError for a bad value, and for a prompt that is empty, unknown to the vocabulary or too long.
     """
-    one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
-    prompts = cast("list[Prompt]", [prompt] if one else list(prompt))
-    rows = [_encode(tokenizer, each) for each in prompts]
-    _check(model, rows, max_new_tokens, stop, temperature, top_k, top_p, min_p)
-    choose = Sampler(len(rows), temperature, top_k, top_p, min_p, seed, model.embedding.weight.device)
-    steps = write(model, rows, choose, max_new_tokens, tokenizer.stop_ids)
-    if stream:
-        if not one:
-            raise ValueError(f"stream=True was given {len(rows)} prompts, expected one: stream one after the other.")
-        tokens = (token for step in steps for token in step if token is not None)
-        return _until(tokenizer.decode_stream(tokens, start=prompt == ""), stop)
+    if tokenizer is None:
+        raise ValueError("generate needs a tokenizer, got None: use `stream_tokens`, which works on token ids.")
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    _check("stop", stop, all(isinstance(text, str) and text for text in stops), "texts that are not empty")
+    several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], int))
+    prompts = list(prompt) if several else [prompt]
+    _check("prompt", prompt, prompts, "a text, token ids, or a list of at least one of these")
+    encoded = [_encode(tokenizer, one) for one in prompts]
+    _check("stream", stream, not stream or not several and beams is None, "False for several prompts and for beams")
 
-    written: list[list[int]] = [[] for _ in rows]
-    ended = [False] * len(rows)
-    window = max((len(text.encode()) for text in stop), default=0)  # a token has at least one byte
-    for step in steps:
-        for i, token in enumerate(step):
-            if token is None or ended[i]:
-                continue
-            written[i].append(token)
-            tail = tokenizer.decode(written[i][-window:], start=False) if window else ""
-            ended[i] = any(text in tail for text in stop)
-        if all(ended):
-            break
-    texts = []
-    for each, tokens_ in zip(prompts, written, strict=True):
-        new = "".join(_until(iter([tokenizer.decode(tokens_, start=each == "")]), stop))
-        texts.append(each + new if isinstance(each, str) else new)
-    return texts[0] if one else texts
+    def pieces(row: int, tokens: Iterable[int]) -> Iterator[str]:
+        start = set(encoded[row]) <= {tokenizer.bos_id}  # nothing but BOS yet: the first word needs no space before it
+        return _until(tokenizer.decode_stream(tokens, start=start), stops)
 
+    def whole(row: int, tokens: Iterable[int]) -> str:
+        return (prompts[row] if isinstance(prompts[row], str) else "") + "".join(pieces(row, tokens))
 
-@torch.inference_mode()
-def write(
-    model: Llama,
-    rows: Sequence[Sequence[int]],
-    choose: Callable[[Tensor], Tensor],
-    max_new_tokens: int,
-    stop_ids: Iterable[int] = (),
-) -> Iterator[list[int | None]]:
-    """The loop. rows: B prompts as token ids. choose: logits (B, V) → tokens (B,). Yields one new token for each row at
-    every step, None for a row that has ended with one of `stop_ids`, which are not yielded."""
-    stop_ids = frozenset(stop_ids)
-    weight = model.embedding.weight
-    longest = max(len(row) for row in rows)
-    max_new_tokens = min(max_new_tokens, model.config.max_seq_len - longest)
-    padding = torch.tensor([longest - len(row) for row in rows])
-    cache = KVCache(
-        model.config, len(rows), longest + max_new_tokens, device=weight.device, dtype=weight.dtype, padding=padding
-    )
-    # Rows of different lengths are aligned at their ends, so that the new tokens of all stand in one column.
-    tokens = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=weight.device)
-    ended = [False] * len(rows)
-    for _ in range(max_new_tokens):
-        logits = model.scores(model.hidden(tokens, cache)[:, -1])  # only the last token's scores are needed: (B, V)
-        chosen = choose(logits.float())
-        values = chosen.tolist()
-        ended = [was or value in stop_ids for was, value in zip(ended, values, strict=True)]
-        if all(ended):
-            return
-        yield [None if end else value for end, value in zip(ended, values, strict=True)]
-        tokens = chosen[:, None]
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    texts: list[Any]
+    if beams is not None:
+        _check("sampling", sampling, sampling == Sampling(), "left out when beams are given: beams draw nothing")
+        _check_prompts(model, encoded, max_new_tokens)  # all, before the work on the first
+        texts = []
+        for row, ids in enumerate(encoded):
+            found = beam_search(
+                model, ids, beams=beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty, n_best=n_best,
+                stop_ids=tokenizer.stop_ids,
+            )  # fmt: skip
+            best = [whole(row, beam.ids) for beam in found]
+            texts.append(best if n_best > 1 else best[0])
+    else:
+        _check("n_best", n_best, n_best == 1, "1 unless beams are given")
+        steps = stream_tokens(
+            model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=tokenizer.stop_ids
+        )
+        if stream:
+            return pieces(0, _column(steps, 0))
+        # Every row reads the same steps; they are computed when the first row asks for them, and remembered for others.
+        copies = itertools.tee(steps, len(prompts))
+        texts = [whole(row, _column(copy, row)) for row, copy in enumerate(copies)]
+    return texts if several else texts[0]
 
 
-class Sampler:
-    """Chooses each row's next token: logits (B, V) fp32 → tokens (B,) int64. Each row has its own random numbers."""
-
-    def __init__(
-        self,
-        rows: int,
-        temperature: float,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.generators = [torch.Generator(device) for _ in range(rows)]
-        for i, generator in enumerate(self.generators):
-            generator.seed() if seed is None else generator.manual_seed(seed + i)
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if not logits.amax(-1).isfinite().all():
-            raise ValueError("the model's scores are NaN or infinite, expected finite numbers: check its weights.")
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        p = probabilities(logits, self.temperature, self.top_k, self.top_p, self.min_p)
-        return torch.cat([row.multinomial(1, generator=g) for row, g in zip(p, self.generators, strict=True)])
-
-
-def probabilities(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
-) -> Tensor:
-    """The distribution that is sampled from: logits (B, V) → (B, V), each row sums to 1.
-
-    The logits are divided by the temperature first: below 1, likely tokens become likelier.
-    """
-    logits = logits / temperature
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
-    if top_p < 1:
-        logits = keep_top_p(logits, top_p)
-    if min_p > 0:
-        logits = keep_min_p(logits, min_p)
-    return logits.softmax(-1)
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Leave the k largest logits of each row, and those equal to the last of them; the others become -inf."""
-    smallest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
-    return logits.masked_fill(logits < smallest, -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Leave the fewest tokens whose probabilities add up to p or more, the likeliest first.
-
-    The token that crosses p is kept. Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
-    """
-    ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered  # what the likelier tokens add up to
-    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= p)
-    return logits.masked_fill(dropped, -torch.inf)
-
-
-def keep_min_p(logits: Tensor, share: float) -> Tensor:
-    """Leave the tokens that are at least `share` times as probable as the likeliest.
-
-    Source: Nguyen et al. 2024, "Min-p Sampling".
-    """
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(share), -torch.inf)
-
-
-def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass pieces on up to the first stop text. What may be the beginning of one is held back until that is known."""
-    held = ""
+def _until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text up to the first stop string; what may be the beginning of one is held back meanwhile."""
+    text = ""
     for piece in pieces:
-        held += piece
-        found = [held.index(text) for text in stop if text in held]
-        if found:
-            yield held[: min(found)]
+        text += piece
+        if places := [text.index(stop) for stop in stops if stop in text]:
+            text = text[: min(places)]
+            break
+        held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        if ready := text[: len(text) - held]:
+            yield ready
+            text = text[len(ready) :]
+    if text:
+        yield text
+
+
+def _column(steps: Iterable[list[int | None]], row: int) -> Iterator[int]:
+    """The tokens of one row, until it has ended."""
+    for step in steps:
+        if (token := step[row]) is None:
             return
-        unsure = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
-        if len(held) > unsure:
-            yield held[: len(held) - unsure]
-            held = held[len(held) - unsure :]
-    if held:
-        yield held
+        yield token
 
 
-def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def _new_cache(model: Llama, max_len: int, padding: Tensor) -> KVCache:
+    weight = model.norm.weight  # a float where other weights may be quantized
+    return KVCache(model.config, len(padding), max_len, device=weight.device, dtype=weight.dtype, padding=padding)
+
+
+def _encode(tokenizer: Tokenizer, prompt: Any) -> list[int]:
     if not isinstance(prompt, str):
         return list(prompt)
-    bos = tokenizer.bos_id is not None and (tokenizer.add_bos or not prompt)
-    return tokenizer.encode(prompt, bos=bos)
+    if not prompt and tokenizer.bos_id is None:
+        raise ValueError("the prompt is empty, and this tokenizer has no BOS token to start it: give a word.")
+    return tokenizer.encode(prompt, bos=tokenizer.add_bos or not prompt)
 
 
-def _check(
-    model: Llama,
-    rows: list[list[int]],
-    max_new_tokens: int,
-    stop: Sequence[str],
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    min_p: float,
-) -> None:
-    config = model.config
-    if not rows or not all(rows):
-        raise ValueError("there is no prompt, or an empty one, expected at least one token in each: give some text.")
-    longest = max(len(row) for row in rows)
-    if longest >= config.max_seq_len:
+def _check_prompts(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    _check_count("max_new_tokens", max_new_tokens)
+    _check("prompts", prompts, prompts, "at least one")
+    vocab_size, context = model.config.vocab_size, model.config.max_seq_len
+    for prompt in prompts:
+        _check("prompt", prompt, prompt, "at least one token (BOS begins a text)")
+        for token in prompt:
+            known = isinstance(token, int) and 0 <= token < vocab_size
+            _check("a token id of the prompt", token, known, f"0 to {vocab_size - 1}: the vocabulary of this model")
+        if len(prompt) >= context:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, but the model's context is {context} and must hold "
+                f"at least one more: shorten it to {context - 1}."
+            )
+
+
+def _check_finite(logits: Tensor) -> None:
+    # The largest is enough: nan passes through a maximum, and -inf is a token ruled out.
+    if not (highest := logits.amax(-1)).isfinite().all():
         raise ValueError(
-            f"a prompt has {longest} tokens, but the model's context holds {config.max_seq_len}, one of them for the "
-            f"answer: shorten it to {config.max_seq_len - 1}."
+            f"the model's scores are not finite (the highest: {highest.tolist()!r:.80}): its weights are damaged, or "
+            "too large for its dtype; load it with dtype=torch.float32 to tell."
         )
-    for row in rows:
-        for token in row:
-            if not isinstance(token, int) or not 0 <= token < config.vocab_size:
-                raise ValueError(f"the prompt has the token id {token!r}, expected 0 to {config.vocab_size - 1}.")
-    for name, value, fits, expected in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and up to 1"),
-        ("min_p", min_p, 0 <= min_p <= 1, "0 to 1"),
-        ("stop", stop, not isinstance(stop, str) and all(isinstance(t, str) and t for t in stop), "a list of texts"),
-    ):
-        if not fits:
-            raise ValueError(f"{name} is {value!r}, expected {expected}.")
+
+
+def _check_count(name: str, value: Any) -> None:
+    _check(name, value, isinstance(value, int) and value >= 1, "a whole number from 1")
+
+
+def _check(name: str, value: Any, fits: Any, expected: str) -> None:
+    if not fits:
+        raise ValueError(f"{name} is {value!r:.80}, expected {expected}.")
