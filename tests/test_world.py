@@ -6,12 +6,14 @@ import re
 import statistics
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minillama import world
+from minillama.tokenizer import SentencePieceTokenizer
 from minillama.world import WORLD, Fault, Grammar, Story, Word, held_out, log_prob, read, sample, tasks
 
 HELDOUT = pytest.mark.parametrize("heldout", [False, True], ids=["training", "heldout"])
@@ -260,6 +262,13 @@ def test_the_world_has_ten_plots_and_over_a_hundred_words_for_what_is_in_it(stor
 @HELDOUT
 def test_stories_have_60_to_150_tokens(heldout, stories):
     lengths = [len(tokens(story.text)) + 2 for story in stories[heldout]]  # with the marks of beginning and end
+    assert 60 <= min(lengths) and max(lengths) <= 150
+
+
+@HELDOUT
+def test_stories_have_60_to_150_of_the_toys_own_tokens(heldout, stories):
+    tokenizer = SentencePieceTokenizer(Path(__file__).parents[1] / "data" / "toy" / "tokenizer.model")
+    lengths = [len(tokenizer.encode(story.text, bos=True, eos=True)) for story in stories[heldout]]
     assert 60 <= min(lengths) and max(lengths) <= 150
 
 
