@@ -712,6 +712,7 @@ def test_damaged_checkpoint_never_does_worse_than_a_value_error(folder_to_damage
         ("tou", "there is no checkpoint 'tou'; did you mean toy"),
         ("SmolLM-2", "did you mean smollm2"),
         ("nowhere/at/all", 'there is no checkpoint .nowhere/at/all.; expected "toy", "smollm2", a folder'),
+        ("Once upon a time " * 500, "there is no checkpoint 'Once upon a time Once"),
         ("nowhere.gguf", "cannot read nowhere.gguf: No such file"),
     ],
 )

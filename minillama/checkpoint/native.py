@@ -106,7 +106,7 @@ def _previous(folder: Path) -> Path:
 def find(folder: Path) -> Path:
     """Where the checkpoint is: in `folder`, or beside it when a save was killed between its two renames."""
     previous = _previous(Path(os.path.realpath(folder)))
-    return previous if previous.exists() and not folder.exists() else folder
+    return previous if os.path.exists(previous) and not os.path.exists(folder) else folder
 
 
 def _sync(*paths: Path) -> None:
