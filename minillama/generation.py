@@ -9,7 +9,6 @@ Letters: B batch (prompts, or beams), T tokens in a prompt, V vocabulary.
 
 import itertools
 import math
-import operator
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,6 +56,7 @@ class Sampling:
 
     temperature: scores are divided by it. Below 1 the likely tokens gain, above 1 the unlikely; 0 always takes the
     likeliest (greedy). The filters follow in this order; by default they keep everything.
+    seed: the same seed draws the same tokens; None takes a new one from PyTorch's own generator.
     Raises ValueError for a value out of range.
     """
 
@@ -64,17 +64,24 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "a number from 0")  # nan is not
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
-        if self.top_k is not None:
-            _check_count("top_k", self.top_k)
+        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "a number from 0")  # nan is neither
+        _check("top_k", self.top_k, self.top_k is None or _is_count(self.top_k), "a whole number from 1")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
+        fits = self.seed is None or isinstance(self.seed, int) and 0 <= self.seed < 2**63
+        _check("seed", self.seed, fits, "a whole number from 0 to 2**63 - 1")
+
+    def generators(self, rows: int, device: torch.device) -> list[torch.Generator]:
+        """A source of chance for every row; row i has the seed of row 0, plus i."""
+        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        return [torch.Generator(device).manual_seed(seed + row) for row in range(rows)]
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits (B, V) to the probabilities (B, V) with which each token is drawn. Not for temperature 0."""
-        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)  # 0 / tiny: no overflow
+        """Logits (B, V) to the probabilities (B, V) with which each token is drawn, for a temperature above 0."""
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)  # the best is 0: no overflow
         if self.top_k is not None:
             logits = top_k_filter(logits, self.top_k)
         if self.top_p < 1:
@@ -85,8 +92,8 @@ class Sampling:
 
 
 def sample_next(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """Logits (B, V) to one token for every row, (B,). Each row has its own source of chance: rows do not influence
-    each other. Raises ValueError for logits that are not finite."""
+    """Choose one token for every row: logits (B, V) to (B,). Rows draw from their own generators, so a row does not
+    depend on its neighbours. Raises ValueError for logits that are not finite."""
     _check_finite(logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -100,48 +107,32 @@ def next_logits(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
     return model.scores(model.hidden(tokens, cache)[:, -1]).float()
 
 
+@torch.inference_mode()  # on a generator: while a step is computed, and not between steps
 def stream_tokens(
     model: Llama,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     sampling: Sampling,
-    seed: int | None = None,
     stop_ids: Collection[int] = (),
 ) -> Iterator[list[int | None]]:
-    """Continue several prompts (token ids) at once. Each step yields one new token for every prompt.
+    """Continue several prompts, given as token ids, at once. Each step yields one new token for every prompt.
 
     A row ends with one of `stop_ids` (which is yielded), after `max_new_tokens`, or when the model's context is full;
-    from then on it yields None, until all rows have ended. Row i draws with seed + i, so it says what its prompt says
-    alone with that seed (up to rounding: a batch is summed in another order). Without a seed, PyTorch's own decides.
+    from then on it yields None, until all rows have ended. Row i draws with the seed plus i, so it says what its prompt
+    says alone with that seed (up to rounding: a batch is summed in another order).
     Raises ValueError for a prompt that is empty, unknown to the vocabulary or too long.
     """
     _check_prompts(model, prompts, max_new_tokens)
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    _check("seed", seed, isinstance(seed, int) and 0 <= seed < 2**63, "a whole number from 0 to 2**63 - 1")
-    device = model.norm.weight.device
-    generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
-    return _steps(model, prompts, max_new_tokens, sampling, generators, stop_ids)
-
-
-@torch.inference_mode()  # on a generator it holds while a step is computed, not between steps
-def _steps(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    generators: Sequence[torch.Generator],
-    stop_ids: Collection[int],
-) -> Iterator[list[int | None]]:
     longest = max(map(len, prompts))
-    left = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]  # tokens, by row
+    left = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]  # tokens to come
     padding = torch.tensor([longest - len(prompt) for prompt in prompts])
     cache = _new_cache(model, longest + max(left), padding)
+    generators = sampling.generators(len(prompts), cache.device)
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=cache.device)
     while any(left):
         chosen = sample_next(next_logits(model, tokens, cache), sampling, generators)
-        tokens = chosen[:, None]  # the cache has seen the prompt: from now on, only the new tokens go in
+        tokens = chosen[:, None]  # the cache has seen the prompts: from now on, only what is new goes in
         step = [token if n else None for token, n in zip(chosen.tolist(), left, strict=True)]
         left = [0 if token is None or token in stop_ids else n - 1 for token, n in zip(step, left, strict=True)]
         yield step
@@ -175,9 +166,9 @@ def beam_search(
     Raises ValueError as `stream_tokens` does, and for n_best > beams.
     """
     _check_prompts(model, [ids], max_new_tokens)
-    _check_count("beams", beams)
-    _check("n_best", n_best, isinstance(n_best, int) and 1 <= n_best <= beams, f"from 1 to the {beams} beams")
-    _check("length_penalty", length_penalty, math.isfinite(length_penalty), "finite")
+    _check("beams", beams, _is_count(beams), "a whole number from 1")
+    _check("n_best", n_best, _is_count(n_best) and n_best <= beams, f"a whole number from 1 to beams, {beams}")
+    _check("length_penalty", length_penalty, -10 <= length_penalty <= 10, "a number from -10 to 10")
     limit = min(max_new_tokens, model.config.max_seq_len - len(ids))
     cache = _new_cache(model, len(ids) + limit, torch.zeros(1, dtype=torch.int64))
     logits = next_logits(model, torch.tensor([list(ids)], device=cache.device), cache)
@@ -186,24 +177,20 @@ def beam_search(
     finished: list[Beam] = []
     for length in range(1, limit + 1):
         _check_finite(logits)
-        scores = (totals[:, None] + logits.log_softmax(-1)).flatten()  # (beams · V,)
-        # Each beam has len(stop_ids) ways to end, so among this many there are `beams` that go on.
-        best, places = scores.topk(min(max(2, 1 + len(stop_ids)) * beams, len(scores)))
-        rows, tokens = places // logits.shape[-1], places % logits.shape[-1]
-        going = []  # places in `best` of those that go on
-        for i, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
-            if token not in stop_ids and length < limit:
-                going.append(i)
-            elif i < beams:  # worse ones may go on where better ones end, but do not count as finished
-                finished.append(Beam(best[i].item() / length**length_penalty, [*texts[row], token]))
-        finished = sorted(finished, key=operator.attrgetter("score"), reverse=True)[:beams]
-        if not going or (
-            len(finished) == beams and best[going[0]].item() / length**length_penalty <= finished[-1].score
-        ):
+        scores = totals[:, None] + logits.log_softmax(-1)  # (B, V)
+        # Each beam has len(stop_ids) ways to end, so among this many candidates at least `beams` go on.
+        best, places = scores.flatten().topk(min(max(2, 1 + len(stop_ids)) * beams, scores.numel()))
+        rows, tokens = places // scores.shape[1], places % scores.shape[1]
+        candidates = [[*texts[row], token] for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)]
+        marks = (best / length**length_penalty).tolist()
+        going = [i for i, ids in enumerate(candidates) if ids[-1] not in stop_ids and length < limit]
+        # Only the first `beams` may finish: the others are there to go on in place of better ones that end.
+        finished += [Beam(marks[i], ids) for i, ids in enumerate(candidates[:beams]) if i not in going]
+        finished = sorted(finished, key=lambda beam: -beam.score)[:beams]
+        if not going or len(finished) == beams and marks[going[0]] <= finished[-1].score:
             break
         going = going[:beams]
-        texts = [[*texts[rows[i]], int(tokens[i])] for i in going]
-        totals = best[going]
+        totals, texts = best[going], [candidates[i] for i in going]
         cache.reorder(rows[going])
         logits = next_logits(model, tokens[going, None], cache)
     return finished[:n_best]
@@ -228,38 +215,48 @@ def generate(
 ) -> Any:
     """Continue a prompt: `print(generate(model, tokenizer, "Once upon a time"))`.
 
-    prompt: a text ("" starts a new one), or token ids, as `tokenizer.chat` makes them; or a list of such prompts.
-    Returns a str for a prompt, a list for a list. **After a text it includes the text, so that it is whole; after
-    token ids it is only what is new.** stream=True, for one prompt: an iterator over pieces of what is new.
+    prompt: a text ("" begins a new one), or token ids, as `tokenizer.chat` makes them; or a list of such prompts.
+    Returns a str for a prompt, a list for a list. A text comes back with its continuation, so that it is whole; token
+    ids bring only what is new. stream=True, for one prompt: an iterator over pieces of what is new.
 
     The text ends at one of `tokenizer.stop_ids`, before any of the `stop` strings, after `max_new_tokens`, or when the
-    model's context is full. temperature, top_k, top_p, min_p: see `Sampling`; temperature=0 is greedy. The same seed
-    gives the same text; prompt i of a list draws with seed + i.
-    beams: look for the likeliest text instead of drawing one (`beam_search`); n_best above 1 gives a list for a prompt.
+    model's context is full. temperature (0 is greedy), top_k, top_p, min_p, seed: see `Sampling`. Prompt i of a list
+    draws with the seed plus i.
+    beams: search for the likeliest text instead of drawing one (`beam_search`); n_best above 1: a list for each prompt.
     Raises ValueError for a bad value, and for a prompt that is empty, unknown to the vocabulary or too long.
     """
-    if tokenizer is None:
-        raise ValueError("generate needs a tokenizer, got None: use `stream_tokens`, which works on token ids.")
+    _check("tokenizer", tokenizer, tokenizer is not None, "one; without it, use stream_tokens, which needs none")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     stops = [stop] if isinstance(stop, str) else list(stop)
     _check("stop", stop, all(isinstance(text, str) and text for text in stops), "texts that are not empty")
-    several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], int))
+    _check("prompt", prompt, isinstance(prompt, str) or isinstance(prompt, list | tuple) and prompt,
+           "a text, token ids, or a list of at least one of these")  # fmt: skip
+    several = not isinstance(prompt, str) and not isinstance(prompt[0], int)
     prompts = list(prompt) if several else [prompt]
-    _check("prompt", prompt, prompts, "a text, token ids, or a list of at least one of these")
     encoded = [_encode(tokenizer, one) for one in prompts]
-    _check("stream", stream, not stream or not several and beams is None, "False for several prompts and for beams")
+    _check_prompts(model, encoded, max_new_tokens)
 
     def pieces(row: int, tokens: Iterable[int]) -> Iterator[str]:
-        start = set(encoded[row]) <= {tokenizer.bos_id}  # nothing but BOS yet: the first word needs no space before it
+        start = set(encoded[row]) <= {tokenizer.bos_id}  # a text's first word has no space before it
         return _until(tokenizer.decode_stream(tokens, start=start), stops)
 
     def whole(row: int, tokens: Iterable[int]) -> str:
         return (prompts[row] if isinstance(prompts[row], str) else "") + "".join(pieces(row, tokens))
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    texts: list[Any]
-    if beams is not None:
-        _check("sampling", sampling, sampling == Sampling(), "left out when beams are given: beams draw nothing")
-        _check_prompts(model, encoded, max_new_tokens)  # all, before the work on the first
+    if beams is None:
+        _check("n_best", n_best, n_best == 1, "1 where beams are not given")
+        steps = stream_tokens(
+            model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=tokenizer.stop_ids
+        )
+        if stream:
+            _check("stream", stream, not several, "False for several prompts")
+            return pieces(0, _column(steps, 0))
+        # Every row reads the same steps. The row that is ahead has them computed; for the others they are kept.
+        copies = itertools.tee(steps, len(prompts))
+        texts: list[Any] = [whole(row, _column(copy, row)) for row, copy in enumerate(copies)]
+    else:
+        _check("stream", stream, not stream, "False for beams, whose text is known only at the end")
+        _check("sampling", sampling, sampling == Sampling(), "left out for beams, which draw nothing")
         texts = []
         for row, ids in enumerate(encoded):
             found = beam_search(
@@ -268,16 +265,6 @@ def generate(
             )  # fmt: skip
             best = [whole(row, beam.ids) for beam in found]
             texts.append(best if n_best > 1 else best[0])
-    else:
-        _check("n_best", n_best, n_best == 1, "1 unless beams are given")
-        steps = stream_tokens(
-            model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=tokenizer.stop_ids
-        )
-        if stream:
-            return pieces(0, _column(steps, 0))
-        # Every row reads the same steps; they are computed when the first row asks for them, and remembered for others.
-        copies = itertools.tee(steps, len(prompts))
-        texts = [whole(row, _column(copy, row)) for row, copy in enumerate(copies)]
     return texts if several else texts[0]
 
 
@@ -319,7 +306,7 @@ def _encode(tokenizer: Tokenizer, prompt: Any) -> list[int]:
 
 
 def _check_prompts(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    _check_count("max_new_tokens", max_new_tokens)
+    _check("max_new_tokens", max_new_tokens, _is_count(max_new_tokens), "a whole number from 1")
     _check("prompts", prompts, prompts, "at least one")
     vocab_size, context = model.config.vocab_size, model.config.max_seq_len
     for prompt in prompts:
@@ -343,8 +330,8 @@ def _check_finite(logits: Tensor) -> None:
         )
 
 
-def _check_count(name: str, value: Any) -> None:
-    _check(name, value, isinstance(value, int) and value >= 1, "a whole number from 1")
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 def _check(name: str, value: Any, fits: Any, expected: str) -> None:
