@@ -126,10 +126,12 @@ def test_for_one_new_token_keys_and_values_are_not_copied_for_each_head(kv_heads
 @PATHS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("time", [7, 1])
-def test_low_precision_stays_near_fp32(fast, dtype, time):
+@pytest.mark.parametrize("training", [True, False])
+def test_low_precision_stays_near_fp32(fast, dtype, time, training):
     attention, (x, turn) = layer(fast=fast), inputs(2, time)
     expected = attention(x, turn)
-    got = attention.to(dtype)(x.to(dtype), turn)
+    with torch.set_grad_enabled(training):
+        got = attention.to(dtype)(x.to(dtype), turn)
     assert got.dtype == dtype
     assert (got - expected).norm() < 1.5 * torch.finfo(dtype).eps * expected.norm()
 

@@ -201,10 +201,24 @@ def test_frequencies_are_not_saved():
 @pytest.mark.parametrize("time", [33, 1])
 def test_low_precision_stays_near_fp32(fast, dtype, time):
     model, tokens = random_model(LONG, fast), tokens_of(time=time)
-    expected = model(tokens)
-    logits = model.to(dtype)(tokens)
+    with torch.no_grad():  # gradients would put the fast path of bf16 aside
+        expected = model(tokens)
+        logits = model.to(dtype)(tokens)
     assert logits.dtype == dtype
     assert (logits - expected).norm() < 6 * torch.finfo(dtype).eps * expected.norm()
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_low_precision_stay_near_those_in_fp32(fast, dtype):
+    model, tokens = random_model(fast=fast), tokens_of()
+    model(tokens).square().mean().backward()
+    expected = [weight.grad for weight in model.parameters()]
+    model.zero_grad()
+    model.to(dtype)(tokens).float().square().mean().backward()
+    for weight, grad in zip(model.parameters(), expected, strict=True):
+        assert weight.grad.dtype == dtype
+        assert (weight.grad - grad).norm() < 16 * torch.finfo(dtype).eps * grad.norm()
 
 
 # Device

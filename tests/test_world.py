@@ -451,19 +451,19 @@ def test_what_is_not_a_text_is_a_fault(text):
     ids=lambda text: f"{text[:9]!r} of {len(text)}",
 )  # fmt: skip
 def test_hostile_texts_are_faults_and_soon_told(text):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(Fault) as fault:
         log_prob(text)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert len(str(fault.value)) < 300
 
 
 def test_a_story_with_a_long_tail_is_a_fault_and_soon_told():
     story = sample(random.Random(0))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(Fault, match="the story was over"):
         log_prob(story.text + " and" * 250_000)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @given(st.text(max_size=30) | st.text("Once upn atime,.", max_size=30))
