@@ -1,0 +1,98 @@
+"""What the commands share: the app, the one place where an error becomes a sentence, and options."""
+
+import contextlib
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from minillama.model import Llama
+    from minillama.tokenizer import Tokenizer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # no public name of it is in every version of typer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command, then exit: 0 done, 1 something needed is missing, 2 bad input, 130 stopped with Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # where there is no ✓ or 中, a ? will do
+    try:
+        status = app(arguments, prog_name="minillama", standalone_mode=False)
+    except UsageError as error:
+        status = complain(error.format_message())  # type: ignore[attr-defined]
+    except OSError as error:
+        status = complain(f"{error.filename}: {error.strerror}." if error.filename else str(error))
+    except (ValueError, FloatingPointError) as error:
+        status = complain(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise  # a mistake of ours: let it be seen
+        status = complain("there is not enough memory for this: take a smaller model or batch.")
+    sys.exit(status)
+
+
+def complain(sentence: str) -> int:
+    print("minillama:", " ".join(sentence.split()), file=sys.stderr)
+    return 2
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show versions and exit.")] = False
+) -> None:
+    """LLaMA from nothing: a course, and the package that it builds.
+
+    Type [bold]minillama doctor[/bold] first: it says what works on this machine.
+    """
+    if version:
+        for name in ("minillama", "torch"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                print(name, importlib.metadata.version(name))
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def option(panel: str, help: str, **settings: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel, **settings)
+
+
+Device = Annotated[str | None, option("Model", "cpu, cuda, cuda:1, mps; left out: cuda if there is one.")]
+
+
+def load_checkpoint(checkpoint: str, device: str | None, dtype: str) -> "tuple[Llama, Tokenizer]":
+    import torch
+
+    from minillama import load
+
+    model, tokenizer = load(checkpoint, device=device or best_device(), dtype=getattr(torch, dtype, dtype))  # type: ignore[arg-type]
+    if tokenizer is None:
+        raise ValueError(f"the checkpoint {checkpoint} has no tokenizer, so it cannot read or write text.")
+    return model, tokenizer
+
+
+def best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def from_utf8(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = data[error.start]
+        raise ValueError(f"{source} is not UTF-8: byte {error.start} is {byte:#04x}; save it as UTF-8.") from None
+
+
+def free_memory() -> float:
+    """Bytes that programs can still get; infinity where there is no such file to read it from."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return float("inf")

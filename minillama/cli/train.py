@@ -1,0 +1,147 @@
+"""`minillama train`: the toy world's stories, or text of your own."""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minillama.cli.app import Device, app, best_device, free_memory, from_utf8, option
+
+if TYPE_CHECKING:
+    from minillama.data import TextBatches, Validation
+    from minillama.tokenizer import Tokenizer
+
+VALIDATION_STORIES, VALIDATION_WINDOWS = 200, 64
+
+
+@app.command(rich_help_panel="Learn")
+def train(
+    preset: Annotated[str, option("Model", "Its shape: toy-small, toy, llama-7b …")] = "toy-small",
+    device: Device = None,
+    precision: Annotated[str, option("Model", "float32, or bfloat16 for the matrix products.")] = "float32",
+    out: Annotated[Path | None, option("Run", "Its folder; left out: runs/PRESET.", show_default=False)] = None,
+    steps: Annotated[int, option("Run", "How often all weights are nudged.")] = 1500,
+    batch_size: Annotated[int, option("Run", "Stories, or windows of text, in a step.", min=1)] = 16,
+    optimizer: Annotated[str, option("Run", "muon or adamw.")] = "muon",
+    learning_rate: Annotated[float, option("Run", "Its peak.")] = 6e-3,
+    seed: Annotated[int, option("Run", "For the first weights and the order of the data.")] = 0,
+    text: Annotated[list[Path] | None, option("Text of your own", "A UTF-8 file (may be given again).")] = None,
+    tokenizer: Annotated[Path | None, option("Text of your own", "Folder of a tokenizer; else one is learned.")] = None,
+    vocab_size: Annotated[int, option("Text of your own", "Tokens of the tokenizer that is learned.")] = 2048,
+    window: Annotated[int, option("Text of your own", "Tokens that the model sees at once.", min=1)] = 256,
+) -> None:
+    """Train a model on the toy world's stories, or on text of your own.
+
+    Ctrl-C saves and stops; the same command goes on from there, as it does after a power cut. For stories the floor is
+    known, the lowest loss that any model can reach; KL is the distance to it. All losses are in nats per token.
+
+    [bold]Examples[/bold]
+      minillama train
+      minillama train --preset toy --steps 8000 --out runs/mine
+      minillama train --text book.txt --text letters.txt --out runs/book
+      minillama generate --checkpoint runs/book/step-1500
+    """
+    import torch
+
+    from minillama import Llama, ModelConfig, generate, load
+    from minillama.checkpoint.load import _check_device
+    from minillama.data import StoryBatches, story_validation
+    from minillama.tokenizer import load_tokenizer
+    from minillama.trainer import Trainer, TrainSettings, checkpoints
+
+    config, place = ModelConfig.preset(preset), _check_device(device or best_device())
+    settings = TrainSettings(
+        steps=steps, learning_rate=learning_rate, warmup=min(50, max(0, steps) // 10), optimizer=optimizer,
+        precision=precision,
+    )  # fmt: skip
+    if place.type == "cpu" and (needed := config.training_bytes()) > (free := free_memory()):
+        raise ValueError(f"{preset} needs {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free: take toy.")
+    words = load_tokenizer(tokenizer) if tokenizer else None
+    batches: TextBatches | StoryBatches
+    if text:
+        if window > config.max_seq_len:
+            raise ValueError(f"--window is {window}, expected at most {config.max_seq_len}, the context of {preset}.")
+        words, batches, validation, beginning = _read(text, words, vocab_size, batch_size, window, seed)
+    else:
+        words = words or load("toy")[1]
+        assert words is not None
+        batches, beginning = StoryBatches(words, batch_size, seed), ""
+        validation = story_validation(words, VALIDATION_STORIES, seed)
+    out = out or Path("runs") / preset
+    data = hashlib.sha256(batches(0).inputs.numpy().tobytes()).hexdigest()
+    _claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": data})
+
+    torch.manual_seed(seed)
+    model = Llama(replace(config, vocab_size=words.vocab_size)).to(place)
+    trainer = Trainer(model, words, batches, settings, out, validation)
+    try:
+        trainer.run()
+    except KeyboardInterrupt as stopped:
+        print(f"minillama: {stopped or 'stopped; the same command goes on from the last checkpoint'}.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    loss, floor = trainer.records[-1]["validation"], validation.floor
+    print(f"Validation loss: {loss:.4f}.", "" if floor is None else f"Floor: {floor:.4f}. KL: {loss - floor:.4f}.")
+    print(generate(model, words, beginning, max_new_tokens=200, temperature=0.8, seed=0))
+    print(f"To read more: minillama generate --checkpoint {checkpoints(out)[-1]}")
+
+
+def _read(
+    paths: list[Path], tokenizer: "Tokenizer | None", vocab_size: int, batch_size: int, window: int, seed: int
+) -> "tuple[Tokenizer, TextBatches, Validation, str]":
+    """Tokenizer, batches, validation, and a few words to go on with. The last tenth of each file is held out."""
+    import torch
+
+    from minillama.data import Batch, TextBatches, Validation
+    from minillama.tokenizer import SentencePieceTokenizer
+
+    texts = []
+    for path in paths:
+        texts.append(from_utf8(path.read_bytes(), str(path)))
+        if not texts[-1].strip():
+            raise ValueError(f"{path} is empty, expected text.")
+    if (size := len("".join(texts).encode())) <= 10 * window:  # no token has less than a byte
+        raise ValueError(
+            f"the text has {size} bytes, expected more than {10 * window}: the tenth of it that is held out must fill "
+            f"a window of {window} tokens; give more text or a smaller --window."
+        )
+    if tokenizer is None:
+        lines = [line for text in texts for line in text.splitlines()]
+        tokenizer = SentencePieceTokenizer.train(lines, vocab_size=vocab_size)
+    rows = [tokenizer.encode(text, bos=tokenizer.bos_id is not None, eos=True) for text in texts]
+    learned = torch.tensor([token for row in rows for token in row[: len(row) * 9 // 10]])
+    held = torch.tensor([token for row in rows for token in row[len(row) * 9 // 10 :]])
+    batches = TextBatches(learned, batch_size, window, seed)
+    if len(held) <= window:
+        raise ValueError(
+            f"the tenth of the text that is held out has {len(held)} tokens, a window needs {window + 1}: give more "
+            "text or a smaller --window."
+        )
+    windows = held.unfold(0, window + 1, window)[:VALIDATION_WINDOWS]  # one token in common: each is scored once
+    validation = Validation([Batch(some[:, :-1], some[:, 1:]) for some in windows.split(batch_size)])
+    return tokenizer, batches, validation, tokenizer.decode(held[:10].tolist())
+
+
+def _claim(folder: Path, run: dict[str, Any]) -> None:
+    """Note in the folder what is trained in it. Raises ValueError, and writes nothing, if it holds anything else."""
+    note = folder / "run.json"
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / ".run.json.tmp"
+        unfinished.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, note)
+        return
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{folder} is there and holds no run of `minillama train`: choose another --out.") from None
+    for name, value in run.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a run with {name} {found.get(name)}, not {value}: "
+                "go on with the same settings, or choose another --out."
+            )
