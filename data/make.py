@@ -24,7 +24,9 @@ from minillama.trainer import Trainer, TrainSettings, mean_loss
 HERE = Path(__file__).parent
 RUN = HERE.parent / "work" / "toy"
 CONFIG = ModelConfig.preset("toy")
-SETTINGS = TrainSettings(steps=8000, learning_rate=6e-3, warmup=100, validate_every=200, save_every=200)
+SETTINGS = TrainSettings(
+    steps=10_000, learning_rate=8e-3, warmup=100, precision="bfloat16", validate_every=500, save_every=250
+)
 BATCH_SIZE = 16
 SNAPSHOTS = (100, 300, 600, 1000, 2000, 4000)  # before, while and after the copying heads form
 SAMPLES = 500

@@ -285,8 +285,8 @@ _LLAMA32 = Llama3Scaling(32.0, 1.0, 4.0, 8192)  # Llama 3.2's
 # fmt: off
 _TABLE = {
     # name:        dim layers heads kv head_dim ffn  vocab  context   eps     theta    scaling  tied
-    "toy":          (128, 4, 4, 2, 32, 384, 2048, 512, 1e-5, 1e4, None, True),  # the course's own
-    "toy-small":    (96, 3, 3, 3, 32, 256, 2048, 512, 1e-5, 1e4, None, True),  # the course's own
+    "toy":          (128, 4, 8, 4, 32, 384, 2048, 512, 1e-5, 1e5, None, True),  # the course's own
+    "toy-small":    (96, 3, 6, 3, 32, 256, 2048, 512, 1e-5, 1e5, None, True),  # the course's own
     # LLaMA: Touvron et al. 2023a, table 2; eps from each checkpoint's params.json
     "llama-7b":     (4096, 32, 32, 32, 128, 11008, 32000, 2048, 1e-6, 1e4, None, False),  # 6.7B in table 2
     "llama-13b":    (5120, 40, 40, 40, 128, 13824, 32000, 2048, 1e-6, 1e4, None, False),  # 13.0B in table 2
