@@ -79,6 +79,14 @@ def write_snapshots(tokenizer: SentencePieceTokenizer) -> None:
         save(model, tokenizer, HERE / "toy-steps" / str(step))
 
 
+def write_curve(trainer: Trainer) -> None:
+    """The run's first ten steps, every 25th, and all that were validated: a line each."""
+    with open(HERE / "training.jsonl", "w", encoding="utf-8") as file:
+        for record in trainer.records:
+            if record["step"] <= 10 or record["step"] % 25 == 0 or "validation" in record:
+                print(json.dumps({name: value for name, value in record.items() if name != "seconds"}), file=file)
+
+
 def write_corpus(stories: int = 1000) -> None:
     """A line a story: its text, exact log-probability, facts and translation."""
     rng = random.Random("corpus")
@@ -144,8 +152,7 @@ def model_card(trainer: Trainer, tokenizer: SentencePieceTokenizer, validation: 
     unseen = mean_loss(trainer.model, heldout.batches)
     scores = {record["step"]: record["validation"] for record in trainer.records if "validation" in record}
     tokens = sum(record["tokens"] for record in trainer.records)
-    shown = [step for step in (200, 400, 800, 1200, 1600, 2000, 3000, 4000, 5000, 6000, 7000, 8000) if step in scores]
-    curve = "\n".join(f"| {step:,} | {scores[step]:.4f} | {scores[step] - floor:.4f} |" for step in shown)
+    curve = "\n".join(f"| {step:,} | {score:.4f} | {score - floor:.4f} |" for step, score in scores.items())
     shares = "\n".join(f"| {t} | {accepted(trainer.model, tokenizer, t):.1%} |" for t in (0.5, 0.8, 1.0, 1.2))
     c, s = CONFIG, SETTINGS
     return f"""# Model card: the toy
@@ -157,8 +164,8 @@ A LLaMA of {c.n_params():,} weights that tells stories of the toy world (`README
 | shape | {c.n_layers} layers, width {c.dim}, {c.n_heads} heads over {c.n_kv_heads} key/value heads of {c.head_dim}, feed-forward {c.ffn_dim}, tied embeddings |
 | context | {c.max_seq_len} tokens; trained on whole stories only, of at most 150 |
 | trained on | {tokens:,} tokens in {s.steps:,} steps of {BATCH_SIZE} new stories each; none is seen twice |
-| optimizer | Muon for the blocks' matrices, AdamW for the rest; peak rate {s.learning_rate}, {s.warmup} steps of warm-up, cosine to 0; fp32 |
-| files | `toy/` (fp32) and, along the way, `toy-steps/{{{",".join(map(str, SNAPSHOTS))}}}/` (bf16) |
+| optimizer | Muon for the blocks' matrices, AdamW for the rest; peak rate {s.learning_rate}, {s.warmup} steps of warm-up, cosine to 0; {s.precision} matrix products, fp32 weights |
+| files | `toy/` (fp32); along the way `toy-steps/{{{",".join(map(str, SNAPSHOTS))}}}/` (bf16); losses in `training.jsonl` |
 
 ## How good it is
 
@@ -192,6 +199,7 @@ if __name__ == "__main__":
     trainer = train(tokenizer, validation)
     save(trainer.model, tokenizer, HERE / "toy")
     write_snapshots(tokenizer)
+    write_curve(trainer)
     write_corpus()
     (HERE / "README.md").write_text(data_card(tokenizer), encoding="utf-8")
     (HERE / "MODEL_CARD.md").write_text(model_card(trainer, tokenizer, validation), encoding="utf-8")
