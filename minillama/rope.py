@@ -60,10 +60,13 @@ def rotation(frequency: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (x[2i], x[2i+1]) of x (B, T, H, D): the complex product (a + bi)(cos + i sin), written out."""
-    cos, sin = turn
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    """Turn the pairs (a, b) = (x[2i], x[2i+1]) of x (B, T, H, D) to (a cos - b sin, a sin + b cos).
+
+    That is the product of the complex numbers a + bi and cos + i sin.
+    """
+    # Written out it would be ten passes over x; the complex product is one, and several times faster.
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(*turn)).flatten(-2).to(x.dtype)
 
 
 def halves_to_pairs(rows: Tensor, head_dim: int) -> Tensor:

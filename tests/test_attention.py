@@ -81,7 +81,8 @@ def test_both_paths_have_the_same_gradients(kv_heads):
         x.requires_grad_()
         out_grad = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(8))
         found.append(torch.autograd.grad(attention(x, turn), [x, *attention.parameters()], out_grad))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    for fast, readable in zip(*found, strict=True):
+        assert (fast - readable).abs().max() <= 2e-6 * readable.abs().max()
 
 
 @PATHS
