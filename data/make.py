@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 RUN = HERE.parent / "work" / "toy"
 CONFIG = ModelConfig.preset("toy")
 SETTINGS = TrainSettings(
-    steps=10_000, learning_rate=8e-3, warmup=100, precision="bfloat16", validate_every=500, save_every=250
+    steps=8000, learning_rate=8e-3, warmup=100, precision="bfloat16", validate_every=500, save_every=250
 )
 BATCH_SIZE = 16
 SNAPSHOTS = (100, 300, 600, 1000, 2000, 4000)  # before, while and after the copying heads form
@@ -195,7 +195,7 @@ instructions, though its tokenizer has the tokens of a chat (chapter 14 does tha
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tokenizer = SentencePieceTokenizer.train(tokenizer_texts(), vocab_size=CONFIG.vocab_size)
-    validation = story_validation(tokenizer, 1000, seed=0)
+    validation = story_validation(tokenizer, 500, seed=0)
     trainer = train(tokenizer, validation)
     save(trainer.model, tokenizer, HERE / "toy")
     write_snapshots(tokenizer)

@@ -46,13 +46,13 @@ _WORDS = {
     "places": """park 公园, beach 海滩, forest 森林, market 市场, library 图书馆, zoo 动物园, school 学校, garden 花园,
         river 河边, farm 农场, museum 博物馆, lake 湖边, meadow 草原, playground 操场""",
     "homes": """by the sea~海边, near a forest~森林旁边, on a farm~农场里, in a small town~小镇上, on a green hill~青山上,
-        beside a river~河边, in a big city~大城市里, next to a mill~磨坊旁边""",
+        beside a river~河边, in a big city~大城市里, by a mill~磨坊旁边""",
     "hobbies": """sing songs~唱歌, paint pictures~画画, climb trees~爬树, count stars~数星星, bake bread~烤面包,
         read stories~读故事, plant flowers~种花, dance~跳舞, swim~游泳, tell jokes~讲笑话, play chess~下棋,
         ride a bike~骑自行车, build towers~搭高塔, catch fish~钓鱼, collect shells~收集贝壳, draw maps~画地图""",
-    "spots": """under the tree~树下, behind the rock~石头后面, on the bench~长椅上, near the gate~大门旁边, in the tall grass~高草丛里,
-        beside the well~井边, under the bridge~桥下, behind the shed~棚子后面, on top of the wall~墙头上, in the hollow log~空心木头里,
-        next to the fence~篱笆旁边, between the bushes~灌木丛之间""",
+    "spots": """under the tree~树下, behind the rock~石头后面, on the bench~长椅上, near the gate~大门旁边, in the grass~草丛里,
+        beside the well~井边, under the bridge~桥下, behind the shed~棚子后面, on the wall~墙头上, in the barrel~木桶里,
+        by the fence~篱笆旁边, between the bushes~灌木丛之间""",
     "times": "morning 早上, afternoon 下午, evening 傍晚, night 夜里",
     "tools": "glue 胶水, tape 胶带, string 绳子, thread 线, paste 浆糊, wire 铁丝",
     "foods": """carrot 胡萝卜 根, nut 坚果 颗, cookie 饼干 块, pear 梨 个, cherry 樱桃 颗, pancake 煎饼 张, banana 香蕉 根,
@@ -70,9 +70,9 @@ MOODS = ("happy", "sad", "proud", "sorry", "angry")
 # The grammar. A line is a sentence; the plots are the options of one choice, so each one's opening words differ.
 
 _OPENING = """
-[Once upon a time~从前|Long ago~很久以前|Not so long ago~不久以前|In a land far away~在一个遥远的地方], there was a [little*3~小小|kind*2~善良|brave~勇敢|shy~害羞|clever~聪明|funny~有趣|quiet~安静] child named {child:names}. ~ {1}，有一个{2}的孩子，名叫{child}。
-{They} lived {home:homes} and [loved~最爱|liked~喜欢] to {hobby:hobbies}. ~ {they}住在{home}，{1}{hobby}。
-[One day*2~有一天|For {their} birthday~生日那天|Last spring~去年春天|To say thank you~为了表示感谢], {their} {giver:family} [gave*2~送给{them}|bought~给{them}买了|made~给{them}做了] {them} a [big*2~大大|small*2~小小|shiny~闪亮|lovely~可爱|brand new~崭新] {colour:colours} {thing:things}. ~ {1}，{their}{giver}{2}一{measure}{3}的{colour}{thing}。
+[Once upon a time~从前|Long ago~很久以前|Not so long ago~不久以前|Many years ago~许多年前], there was a [little*3~小小|kind*2~善良|brave~勇敢|shy~害羞|clever~聪明|funny~有趣|quiet~安静] child named {child:names}. ~ {1}，有一个{2}的孩子，名叫{child}。
+{They} lived {home:homes} with {their} {giver:family} and [loved~最爱|liked~喜欢] to {hobby:hobbies}. ~ {they}和{their}{giver}住在{home}，{1}{hobby}。
+[One day*2~有一天|For {their} birthday~生日那天|Last spring~去年春天|One morning~一天早上], {their} {giver} [gave*2~送给{them}|bought~给{them}买了|made~给{them}做了] {them} a [big*2~大大|small*2~小小|shiny~闪亮|lovely~可爱|brand new~崭新] {colour:colours} {thing:things}. ~ {1}，{their}{giver}{2}一{measure}{3}的{colour}{thing}。
 """
 
 _PLOTS = {
@@ -84,18 +84,18 @@ At home, {child} looked in the [kitchen~厨房|bedroom~卧室|attic~阁楼|hall~
 [They ran back, and the {colour} {thing} was still {spot}!{=mood happy}*2~他们跑回去，{colour}{thing}还在{spot}！|They searched {spot}, but the {colour} {thing} was gone forever.{=mood sad}~他们去{spot}找，可是{colour}{thing}永远不见了。] ~ {1}
 """,
     "broken": """
-But one {time:times}, {child} dropped the {thing} on the [stairs~楼梯|floor~地板|road~马路|stones~石头], and it came apart. ~ 可是一天{time}，{child}把{thing}掉在{1}上，摔散了。
+But one {time:times}, {child} dropped the {thing} on the [stairs~楼梯|floor~地板|road~马路|stones~石头] and it came apart. ~ 可是一天{time}，{child}把{thing}掉在{1}上，摔散了。
 {They} put the pieces in a [box~盒子|bag~袋子|jar~罐子|bucket~水桶] and hid it {spot:spots}. ~ {they}把碎片放进一个{1}，藏在{spot}。
 Soon {their} friend {friend:names} came by with some {tool:tools}. ~ 不久，{their}朋友{friend}带着一些{tool}来了。
-"[Can you mend it~你能修好它吗|Is it too late~太晚了吗|Will you help me~你能帮我吗|Do you know how~你知道怎么修吗]?" asked {child}. Every piece was still {spot}. ~ “{1}？”{child}问。碎片全都还在{spot}。
+"Will the {tool} [help~有用|hold~粘得住|do~行|work~管用]?" asked {child}. Every piece was still {spot}. ~ “这{tool}{1}吗？”{child}问。碎片全都还在{spot}。
 {friend} worked [for an hour~修了一个小时|all day~修了一整天|very slowly~慢慢地修|with great care~非常小心地修], and with the {tool} the {colour} {thing} [was as good as new.{=mood happy}*2~变得像新的一样。|fell apart again.{=mood sad}~又散开了。] ~ {friend}{1}，用了{tool}，{colour}{thing}{2}
 """,
     "shared": """
 At the {place:places}, a child named {friend:names} sat {spot:spots} and saw the {thing}. ~ 在{place}，一个叫{friend}的孩子坐在{spot}，看见了{thing}。
 "[May I play with it~我可以玩一下吗|Can I hold it~我可以拿一下吗|Is it yours~这是你的吗]?" asked {friend}. ~ “{1}？”{friend}问。
 "[No~不行|Go away~走开|It is mine~这是我的|Find your own~你自己去找一个]!" said {child}, and {friend} began to [cry~哭|shake~发抖|walk away~走开|look at the ground~看着地面]. ~ “{1}！”{child}说，{friend}开始{2}。
-Then {child} thought of what {their} {giver} always said: "[Be kind~要善良|A toy is only a toy~玩具只是玩具|Share and smile~分享就会微笑|Friends come first~朋友最重要]." ~ 这时{child}想起{their}{giver}常说的话：“{1}。”
-[So the two took turns with the {colour} {thing} until it was dark.{=mood happy}*2~于是两个人轮流玩{colour}{thing}，一直玩到天黑。|When {they} went back with the {colour} {thing}, nobody was {spot}.{=mood sorry}~当{they}拿着{colour}{thing}回去时，{spot}已经没有人了。] ~ {1}
+Then {child} thought of what {their} {giver} always said: "[Be kind~要善良|Toys are for two~玩具要两个人玩|Share and smile~分享就会微笑|Friends come first~朋友最重要]." ~ 这时{child}想起{their}{giver}常说的话：“{1}。”
+[So the two took turns with the {colour} {thing} until dark.{=mood happy}*2~于是两个人轮流玩{colour}{thing}，一直玩到天黑。|When {they} went back with the {colour} {thing}, nobody was {spot}.{=mood sorry}~当{they}拿着{colour}{thing}回去时，{spot}已经没有人了。] ~ {1}
 """,
     "hidden": """
 On a [warm~温暖|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:times}, {child} and {friend:names} played a game. ~ 在一个{1}的{time}，{child}和{friend}玩游戏。
@@ -108,7 +108,7 @@ On a [warm~温暖|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:tim
 While walking to the {place:places}, {child} heard a [cry~哭声|squeak~吱吱声|soft voice~轻轻的声音|splash~水声]. ~ 在去{place}的路上，{child}听到了{1}。
 A [tiny~小小|wet~湿湿|hungry~饥饿|frightened~受惊] {animal:animals} was stuck {spot:spots}. ~ 一只{1}的{animal}被困在{spot}。
 {child} called {friend:names}, who brought a [rope~绳子|ladder~梯子|net~网|stick~棍子]. ~ {child}叫来了{friend}，{friend.they}带着{1}。
-Together they stood {spot} and held out the {colour} {thing}. ~ 他们一起站在{spot}，递出{colour}{thing}。
+Together they stood {spot} and held out the {colour} {thing} to the {animal}. ~ 他们一起站在{spot}，向{animal}递出{colour}{thing}。
 [The {animal} grabbed it and was safe at last.{=mood proud}*2~{animal}抓住了它，终于安全了。|But the {animal} only [stared~瞪着眼|shivered~发抖] and would not let them help.{=mood sad}~可是{animal}只是{1}，不让他们帮忙。] ~ {1}
 """,
     "gift": """
@@ -116,12 +116,12 @@ Soon it was the birthday of {friend:names}, and {child} had no present. ~ 不久
 {They} thought of a [cake~蛋糕|song~歌|card~卡片|flower~花], but that was [too small~太小了|not enough~还不够|too easy~太简单了|soon gone~很快就没了]. ~ {they}想到了{1}，但是那{2}。
 So {they} wrapped up the {thing} and kept it {spot:spots} until the party. ~ 于是{they}把{thing}包起来，放在{spot}，一直等到聚会。
 At the party, a {animal:animals} [danced~跳起舞来|sang~唱起歌来|ate the cake~吃掉了蛋糕|fell asleep~睡着了], and everyone laughed. ~ 聚会上，一只{animal}{1}，大家都笑了。
-[From its place {spot}, {child} brought the {colour} {thing}, and {friend} hugged {them}.{=mood proud}*2~{child}从{spot}拿来{colour}{thing}，{friend}拥抱了{them}。|But {spot}, rain had spoiled the {colour} {thing} for {friend}.{=mood sad}~可是在{spot}，雨水把要送给{friend}的{colour}{thing}弄坏了。] ~ {1}
+[From its place {spot}, {child} brought the {colour} {thing}, and {friend} and the {animal} hugged {them}.{=mood proud}*2~{child}从{spot}拿来{colour}{thing}，{friend}和{animal}拥抱了{them}。|But {spot}, rain had spoiled the {colour} {thing} for {friend}.{=mood sad}~可是在{spot}，雨水把要送给{friend}的{colour}{thing}弄坏了。] ~ {1}
 """,
     "taken": """
 Suddenly a [cheeky~调皮|quick~敏捷|naughty~淘气|sly~狡猾] {animal:animals} took the {thing} and ran to the {place:places}. ~ 突然，一只{1}的{animal}拿走了{thing}，跑向{place}。
 {child} and {their} friend {friend:names} followed it [over a hill~翻过小山|through the mud~穿过泥地|past a tower~经过高塔|across the street~穿过街道]. ~ {child}和{their}朋友{friend}跟着它{1}。
-They saw it {spot:spots}, [busy with a nest~忙着做窝|fast asleep~睡得很香|full of mud~满身是泥|laughing at them~在笑他们]. ~ 他们看见它在{spot}，{1}。
+They saw the {animal} {spot:spots}, [busy with a nest~忙着做窝|fast asleep~睡得很香|full of mud~满身是泥|laughing at them~在笑他们]. ~ 他们看见{animal}在{spot}，{1}。
 {friend} had a {food:foods} and put it on the ground. ~ {friend}有一{portion}{food}，把它放在地上。
 The {animal} [ate the {food} and gave the {colour} {thing} back.{=mood happy}*2~吃了{food}，把{colour}{thing}还了回来。|took the {food} as well and kept the {colour} {thing}.{=mood angry}~把{food}也拿走了，还留下了{colour}{thing}。] ~ {animal}{1}
 """,
@@ -130,7 +130,7 @@ That {time:times} a storm came, and the wind blew the {thing} [over the roof~飞
 From the window, {child} saw it land {spot:spots}. ~ {child}从窗户看见它落在{spot}。
 When the sun came out, {they} put on {their} [boots~穿上靴子|gloves~戴上手套|raincoat~穿上雨衣|old shoes~穿上旧鞋] and called {friend:names}. ~ 太阳出来时，{they}{1}，叫上了{friend}。
 On the way they met a {animal:animals} and [waved to it~向它挥手|asked it for help~请它帮忙|fed it some bread~喂它面包|took it along~带上了它]. ~ 路上他们遇到一只{animal}，{1}。
-[The {colour} {thing} was {spot}, wet but whole.{=mood happy}*2~{colour}{thing}在{spot}，湿了，但是完好。|Only a piece of the {colour} {thing} was left {spot}.{=mood sad}~{spot}只剩下{colour}{thing}的一小块。] ~ {1}
+[The {animal} saw the {colour} {thing} {spot}, wet but whole.{=mood happy}*2~{animal}看见{colour}{thing}在{spot}，湿了，但是完好。|Only a piece of the {colour} {thing} was left {spot}.{=mood sad}~{spot}只剩下{colour}{thing}的一小块。] ~ {1}
 """,
     "swapped": """
 Near the {place:places}, {child} met {friend:names}, who had a {other:colours} {thing}. ~ 在{place}附近，{child}遇到了{friend}，{friend.they}有一{measure}{other}{thing}。
@@ -144,13 +144,13 @@ Playing with the {thing} indoors, {child} broke a {item:items}. ~ {child}在屋�
 {They} hid the pieces {spot:spots} and [went to bed~上床睡觉|said nothing~什么也没说|ran outside~跑到外面|began to whistle~吹起了口哨]. ~ {they}把碎片藏在{spot}，{1}。
 "Who broke the {item}?" asked {their} {giver}. "Was it the {animal:animals}?" ~ “谁打破了{item}？”{their}{giver}问。“是{animal}吗？”
 {child} [turned red~脸红了|looked away~看向别处|took a deep breath~深吸一口气|bit {their} lip~咬着嘴唇] and thought of {friend:names}, who never lied. ~ {child}{1}，想起了从不说谎的{friend}。
-"[It was me and the {colour} {thing}, and the pieces are {spot}," said {child}.{=mood proud}*2~“是我和{colour}{thing}，碎片在{spot}，”{child}说。|Yes, it was," lied {child}, and sat {spot} with the {colour} {thing}, alone.{=mood sorry}~“是的，”{child}撒谎说，然后独自带着{colour}{thing}坐在{spot}。] ~ {1}
+"[It was me and the {colour} {thing}, and the pieces are {spot}," said {child}.{=mood proud}*2~“是我和{colour}{thing}，碎片在{spot}，”{child}说。|Yes, the {animal}," lied {child}, and sat {spot} with the {colour} {thing}, alone.{=mood sorry}~“是的，是{animal}，”{child}撒谎说，然后独自带着{colour}{thing}坐在{spot}。] ~ {1}
 """,
 }
 
 _ENDING = """
-[That night~那天晚上|In the end~最后|After that~在那之后|Back home~回到家], {child} felt [very*2~非常|so~特别|quite~相当|a little~有点] {feeling:moods}. ~ {1}，{child}感到{2}{feeling}。
-[The next day~第二天|A week later~一周后|When summer came~夏天来了|From then on~从那以后], {child} and {friend} went to {hobby} [with {their} {giver}~跟{their}{giver}一起|after school~放学后|before breakfast~在早饭前|together again~又一起]. ~ {1}，{child}和{friend}{2}去{hobby}。
+[That night~那天晚上|In the end~最后|After that~在那之后|Back home~回到家], {child} told {their} {giver} and felt {feeling:moods}. ~ {1}，{child}告诉了{their}{giver}，感到很{feeling}。
+[The next day~第二天|A week later~一周后|When summer came~夏天来了|From then on~从那以后], {child} and {friend} went to {hobby} [every day~天天|after school~放学后|before breakfast~在早饭前|together again~又一起]. ~ {1}，{child}和{friend}{2}去{hobby}。
 """
 
 _SUMMARIES = {

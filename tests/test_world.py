@@ -433,7 +433,7 @@ def test_any_other_word_makes_a_fault_or_another_story(stories):
                     assert found.text == changed and found.log_prob < 0
                     assert found.chinese != story.chinese
                     accepted += 1
-    assert refused > 1000 and accepted > 20, (refused, accepted)
+    assert refused > 1000 and accepted > 10, (refused, accepted)
 
 
 @pytest.mark.parametrize("text", [None, b"Once upon a time", 5, 0.5, ["Once"], Story("", 0.0, {}, "")])
