@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sync_api = pytest.importorskip("playwright.sync_api")
+from playwright import sync_api
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -52,7 +51,7 @@ def chromium() -> str:
 
 # The next two end with a file's tests: while Playwright runs, no other asyncio loop can, and other tests need theirs.
 @pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator["sync_api.Browser"]:
+def browser(chromium: str) -> Iterator[sync_api.Browser]:
     """Chromium without a window and without a network: every name but this machine's is unknown to it."""
     flags = ["--disable-quic", "--disable-background-networking"]
     flags.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost")
@@ -66,6 +65,8 @@ def browser(chromium: str) -> Iterator["sync_api.Browser"]:
 
 def make_lab(flags: str) -> list[str]:
     """The command of `make lab`, with this Python in place of the one in .venv."""
+    if not shutil.which("make"):
+        pytest.skip("make was not found: install it (Debian, Ubuntu: apt-get install make), then run this again.")
     listing = subprocess.run(
         ["make", "--dry-run", "lab", f"LAB_FLAGS={flags}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
