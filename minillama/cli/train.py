@@ -25,26 +25,27 @@ def train(
     device: Device = None,
     precision: Annotated[str, option("Model", "float32, or bfloat16 for the matrix products.")] = "float32",
     out: Annotated[Path | None, option("Run", "Its folder; left out: runs/PRESET.", show_default=False)] = None,
-    steps: Annotated[int, option("Run", "How often all weights are nudged.")] = 1500,
+    steps: Annotated[int, option("Run", "How often all weights are nudged.")] = 1000,
     batch_size: Annotated[int, option("Run", "Stories, or windows of text, in a step.", min=1)] = 16,
     optimizer: Annotated[str, option("Run", "muon or adamw.")] = "muon",
     learning_rate: Annotated[float, option("Run", "Its peak.")] = 6e-3,
     seed: Annotated[int, option("Run", "For the first weights and the order of the data.")] = 0,
-    text: Annotated[list[Path] | None, option("Text of your own", "A UTF-8 file (may be given again).")] = None,
-    tokenizer: Annotated[Path | None, option("Text of your own", "Folder of a tokenizer; else one is learned.")] = None,
-    vocab_size: Annotated[int, option("Text of your own", "Tokens of the tokenizer that is learned.")] = 2048,
-    window: Annotated[int, option("Text of your own", "Tokens that the model sees at once.", min=1)] = 256,
+    text: Annotated[list[Path] | None, option("Data", "Your own text, a UTF-8 file (may be given again).")] = None,
+    tokenizer: Annotated[Path | None, option("Data", "Its folder; left out: the toy's, or a new one.")] = None,
+    vocab_size: Annotated[int, option("Data", "Tokens to learn from the text.")] = 2048,
+    window: Annotated[int, option("Data", "Tokens of the text that are read at once.", min=1)] = 256,
 ) -> None:
     """Train a model on the toy world's stories, or on text of your own.
 
-    Ctrl-C saves and stops; the same command goes on from there, as it does after a power cut. For stories the floor is
-    known, the lowest loss that any model can reach; KL is the distance to it. All losses are in nats per token.
+    Ctrl-C saves and stops; the same command goes on from there, also after a
+    power cut. For stories the floor is known, the lowest loss that any model
+    can reach; KL is the distance to it. Losses are in nats per token.
 
     [bold]Examples[/bold]
       minillama train
       minillama train --preset toy --steps 8000 --out runs/mine
       minillama train --text book.txt --text letters.txt --out runs/book
-      minillama generate --checkpoint runs/book/step-1500
+      minillama generate --checkpoint runs/book/step-1000
     """
     import torch
 
@@ -60,7 +61,7 @@ def train(
         precision=precision,
     )  # fmt: skip
     if place.type == "cpu" and (needed := config.training_bytes()) > (free := free_memory()):
-        raise ValueError(f"{preset} needs {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free: take toy.")
+        raise ValueError(f"{preset} needs {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free: try toy.")
     words = load_tokenizer(tokenizer) if tokenizer else None
     batches: TextBatches | StoryBatches
     if text:
@@ -73,8 +74,9 @@ def train(
         batches, beginning = StoryBatches(words, batch_size, seed), ""
         validation = story_validation(words, VALIDATION_STORIES, seed)
     out = out or Path("runs") / preset
-    data = hashlib.sha256(batches(0).inputs.numpy().tobytes()).hexdigest()
-    _claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": data})
+    data = " ".join(path.name for path in text or []) or "stories"
+    first = hashlib.sha256(batches(0).inputs.numpy().tobytes()).hexdigest()[:8]  # depends on texts and tokenizer
+    _claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": f"{data} {first}"})
 
     torch.manual_seed(seed)
     model = Llama(replace(config, vocab_size=words.vocab_size)).to(place)
@@ -136,8 +138,8 @@ def _claim(folder: Path, run: dict[str, Any]) -> None:
         os.replace(unfinished, note)
         return
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = dict(json.loads(note.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         raise ValueError(f"{folder} is there and holds no run of `minillama train`: choose another --out.") from None
     for name, value in run.items():
         if found.get(name) != value:
