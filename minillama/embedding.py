@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillama.linear import linear
+
 
 class Embedding(nn.Module):
     """A table (vocab_size, dim). `embedding(tokens)` looks rows up; `embedding.scores(x)` compares with every row."""
@@ -21,4 +23,4 @@ class Embedding(nn.Module):
 
         Source: Press and Wolf 2017, "Using the Output Embedding to Improve Language Models".
         """
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)

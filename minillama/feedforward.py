@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama.config import ModelConfig
+from minillama.linear import Linear
 
 
 class FeedForward(nn.Module):
@@ -15,9 +16,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate = Linear(config.dim, config.ffn_dim)
+        self.up = Linear(config.dim, config.ffn_dim)
+        self.down = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -14,6 +14,7 @@ from minillama.attention import Attention, LayerCache
 from minillama.config import ModelConfig
 from minillama.embedding import Embedding
 from minillama.feedforward import FeedForward
+from minillama.linear import Linear
 from minillama.norm import RMSNorm
 from minillama.rope import frequencies, rotation
 
@@ -54,7 +55,7 @@ class Llama(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.register_buffer("frequency", frequencies(config), persistent=False)
         self.initialize()
 

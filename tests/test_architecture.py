@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from modules before it. A folder counts as one module. What a type hint alone needs (below
 # `if TYPE_CHECKING:`) may come from anywhere: nothing of it runs.
 ORDER = """
-    config tokenizer embedding rope attention feedforward norm model loss world data onednn quantize checkpoint parallel
-    trainer cache generation finetune evaluate visualize course __init__ cli __main__
+    config tokenizer linear embedding rope attention feedforward norm model loss world data onednn quantize checkpoint
+    parallel trainer cache generation finetune evaluate visualize course __init__ cli __main__
 """.split()
 
 TOP = {
