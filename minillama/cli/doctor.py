@@ -35,9 +35,10 @@ def _checks() -> Iterator[tuple[str, Callable[[], object], bool, str]]:
     yield "Python", platform.python_version, True, ""
     for package in ("torch", "ipykernel", "jupyterlab", "ipywidgets", "matplotlib"):
         yield package, partial(importlib.metadata.version, package), True, install
-    yield "disk", partial(_enough, shutil.disk_usage(".").free, 1), True, "make room"
-    yield "memory", partial(_enough, free_memory(), 2), False, "close other programs before you load the real model"
-    yield "devices", _devices, True, install
+    yield "disk", lambda: _enough(shutil.disk_usage(".").free, 1), True, "make room"
+    yield "memory", lambda: _enough(free_memory(), 2), False, "close other programs before you load the real model"
+    yield "cpu", _cpu, True, install
+    yield "gpu", _gpus, False, "say `--device cpu` to the commands"
     yield "toy", partial(_first_pass, "toy"), True, "type `make toy`, or get `data/toy` again"
     yield "smollm2", partial(_first_pass, "smollm2"), False, "type `make lab`, or the command in this line"
 
@@ -48,17 +49,23 @@ def _enough(free: float, needed: int) -> str:
     return f"{free / 1e9:.1f} GB free"
 
 
-def _devices() -> str:
+def _cpu() -> str:
     import torch
 
-    devices = [f"cpu ({torch.get_num_threads()} threads): {_speeds('cpu', 512)}"]
+    return f"{torch.get_num_threads()} threads, {_speeds('cpu', 512)}"
+
+
+def _gpus() -> str:
+    import torch
+
+    found = []
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        memory = f"{free / 1e9:.0f} of {total / 1e9:.0f} GB free"
-        devices.append(f"cuda:{i} ({torch.cuda.get_device_name(i)}, {memory}): {_speeds(f'cuda:{i}', 4096)}")
+        name = f"cuda:{i}, {torch.cuda.get_device_name(i)}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
+        found.append(f"{name}, {_speeds(f'cuda:{i}', 4096)}")
     if torch.backends.mps.is_available():
-        devices.append(f"mps (the Mac's GPU): {_speeds('mps', 4096)}")
-    return "\n  ".join(devices)
+        found.append(f"mps, {_speeds('mps', 4096)}")
+    return "\n  ".join(found) or "none, and the course needs none"
 
 
 def _speeds(device: str, n: int) -> str:

@@ -68,15 +68,16 @@ def train(
         if window > config.max_seq_len:
             raise ValueError(f"--window is {window}, expected at most {config.max_seq_len}, the context of {preset}.")
         words, batches, validation, beginning = _read(text, words, vocab_size, batch_size, window, seed)
+        data, content = f"{', '.join(path.name for path in text)} (window {window})", batches.tokens
     else:
         words = words or load("toy")[1]
         assert words is not None
         batches, beginning = StoryBatches(words, batch_size, seed), ""
         validation = story_validation(words, VALIDATION_STORIES, seed)
+        data, content = "stories", batches(0).inputs
     out = out or Path("runs") / preset
-    data = " ".join(path.name for path in text or []) or "stories"
-    first = hashlib.sha256(batches(0).inputs.numpy().tobytes()).hexdigest()[:8]  # depends on texts and tokenizer
-    _claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": f"{data} {first}"})
+    digest = hashlib.sha256(content.numpy().tobytes()).hexdigest()[:8]  # of the text and the tokenizer
+    _claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": f"{data} {digest}"})
 
     torch.manual_seed(seed)
     model = Llama(replace(config, vocab_size=words.vocab_size)).to(place)
