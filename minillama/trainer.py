@@ -27,7 +27,6 @@ from minillama.checkpoint import load, save
 from minillama.data import Batch, Validation
 from minillama.loss import cross_entropy
 from minillama.model import Llama
-from minillama.onednn import onednn
 from minillama.tokenizer import Tokenizer
 
 
@@ -199,7 +198,7 @@ class Trainer:
     def _backward(self, batch: Batch, weight: float) -> float:
         inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
         half = self.settings.precision == "bfloat16"
-        with onednn(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             loss = cross_entropy(self.model(inputs), targets) * weight
         loss.backward()
         return loss.item()

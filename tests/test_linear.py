@@ -72,3 +72,40 @@ def test_it_is_nn_linear_without_a_bias():
     layer = Linear(20, 48)
     assert isinstance(layer, torch.nn.Linear) and layer.bias is None and layer.weight.shape == (48, 20)
     assert list(layer.state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("lead", [(7,), (3, 5), (1, 1), (2, 3, 4)])
+def test_its_gradients_equal_those_of_pytorch(lead):
+    x, weight, grad = random(*lead, 24).requires_grad_(), random(13, 24).requires_grad_(), random(*lead, 13)
+    plain, ours = F.linear(x, weight), linear(x, weight)
+    if torch.backends.mkldnn.is_available():
+        assert "Product" in type(ours.grad_fn).__name__  # it really went another way
+    for one, other in zip(
+        torch.autograd.grad(plain, (x, weight), grad), torch.autograd.grad(ours, (x, weight), grad), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_what_is_not_contiguous_equal_those_of_pytorch():
+    x = random(24, 5, 3).transpose(0, 2)[:, ::2].requires_grad_()
+    weight = random(24, 13).t().requires_grad_()
+    grad = random(13, 3, 3).permute(1, 2, 0)
+    expected = torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
+    for one, other in zip(expected, torch.autograd.grad(linear(x, weight), (x, weight), grad), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_that_nobody_needs_is_not_made():
+    x, weight = random(4, 6), random(5, 6).requires_grad_()
+    linear(x, weight).sum().backward()
+    assert x.grad is None and torch.allclose(weight.grad, x.sum(0).expand(5, 6), atol=1e-5)
+
+
+def test_autocast_keeps_its_own_way():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(random(4, 6), random(5, 6).requires_grad_()).dtype == torch.bfloat16
+
+
+def test_shapes_that_do_not_match_fail_as_ever():
+    with pytest.raises(RuntimeError):
+        linear(random(4, 7), random(5, 6))
