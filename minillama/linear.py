@@ -57,7 +57,7 @@ def _one_vector(x: Tensor, weight: Tensor) -> Tensor:
 class _Product(torch.autograd.Function):
     """Many vectors in fp32, through oneDNN.
 
-    PyTorch itself calls Intel's MKL for these, which on AMD's processors keeps to older instructions: a prompt or a step
+    PyTorch itself calls MKL for these, which on AMD's processors keeps to older instructions: a prompt or a step
     of training then takes about twice as long.
     """
 
