@@ -39,7 +39,8 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
     ordered, ids = logits.sort(descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens together
-    return logits.masked_fill((before >= p).scatter(-1, ids, before >= p), -torch.inf)
+    drop = before >= p
+    return logits.masked_fill(drop.scatter(-1, ids, drop), -torch.inf)  # back in the order of the vocabulary
 
 
 def min_p_filter(logits: Tensor, p: float) -> Tensor:
