@@ -184,9 +184,9 @@ def beam_search(
         rows, tokens = places // scores.shape[1], places % scores.shape[1]
         candidates = [[*texts[row], token] for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)]
         marks = (best / length**length_penalty).tolist()
-        going = [i for i, ids in enumerate(candidates) if ids[-1] not in stop_ids and length < limit]
+        going = [i for i, text in enumerate(candidates) if text[-1] not in stop_ids and length < limit]
         # Only the first `beams` may finish: the others are there to go on in place of better ones that end.
-        finished += [Beam(marks[i], ids) for i, ids in enumerate(candidates[:beams]) if i not in going]
+        finished += [Beam(marks[i], text) for i, text in enumerate(candidates[:beams]) if i not in going]
         finished = sorted(finished, key=lambda beam: -beam.score)[:beams]
         if not going or len(finished) == beams and marks[going[0]] <= finished[-1].score:
             break
@@ -300,6 +300,7 @@ def _new_cache(model: Llama, max_len: int, padding: Tensor) -> KVCache:
 
 def _encode(tokenizer: Tokenizer, prompt: Any) -> list[int]:
     if not isinstance(prompt, str):
+        _check("prompt", prompt, isinstance(prompt, list | tuple), "a text or a list of token ids")
         return list(prompt)
     if not prompt and tokenizer.bos_id is None:
         raise ValueError("the prompt is empty, and this tokenizer has no BOS token to start it: give a word.")

@@ -536,6 +536,7 @@ def test_a_bad_setting_is_refused_before_anything_is_computed(settings, message)
     ([], r"prompt is \[\], expected a text"), ([[]], r"prompt is \[\], expected at least one token"),
     ([300], "token id of the prompt is 300, expected .*299"), ([5, -1], "token id of the prompt is -1"),
     ([["a"]], "token id of the prompt is 'a'"), (["ab", [1, 300]], "is 300"), (None, "prompt is None"),
+    (["a", None], "prompt is None, expected a text or a list of token ids"),
     ("a" * 64, "the prompt has 64 tokens, but the model's context is 64"), (["a", "b" * 99], "has 99 tokens.*is 64"),
     (torch.ones(3, dtype=torch.long), r"prompt is tensor\(\[1, 1, 1\]\), expected a text, token ids"),
 ])  # fmt: skip
