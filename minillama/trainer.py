@@ -238,16 +238,23 @@ class Trainer:
 
     def _resume(self) -> None:
         """Take up the newest checkpoint, and cut off what `metrics.jsonl` says about later steps."""
-        found = checkpoints(self.folder)
-        if not found:
-            return
+        if found := checkpoints(self.folder):
+            self._take_up(found[-1])
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines()[: self.step] if path.exists() else []
+        self.records = [json.loads(line) for line in lines]
+        rewritten = path.with_suffix(".new")
+        rewritten.write_text("".join(line + "\n" for line in lines))
+        os.replace(rewritten, path)
+
+    def _take_up(self, checkpoint: Path) -> None:
         try:
             # weights_only: a file that would run code when it is read is refused.
-            state = torch.load(found[-1] / "trainer.pt", map_location=self.device, weights_only=True)
+            state = torch.load(checkpoint / "trainer.pt", map_location=self.device, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f"{found[-1] / 'trainer.pt'} cannot be read ({type(error).__name__}), expected the state of a run: "
-                f"delete the folder {found[-1].name} to go on from the checkpoint before."
+                f"{checkpoint / 'trainer.pt'} cannot be read ({type(error).__name__}), expected the state of a run: "
+                f"delete the folder {checkpoint.name} to go on from the checkpoint before."
             ) from error
         for name, value in asdict(self.settings).items():
             if state["settings"][name] != value:
@@ -255,7 +262,7 @@ class Trainer:
                     f"{self.folder} holds a run with {name} {state['settings'][name]}, not {value}: "
                     f"go on with the same settings, or choose another folder."
                 )
-        saved, _ = load(found[-1], device=self.device)
+        saved, _ = load(checkpoint, device=self.device)
         if saved.config != self.model.config:
             raise ValueError(
                 f"{self.folder} holds a model with {saved.config}, not {self.model.config}: "
@@ -266,12 +273,6 @@ class Trainer:
             optimizer.load_state_dict(optimizer_state)
         torch.set_rng_state(state["random"].cpu())
         self.step = state["step"]
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines()[: self.step]
-        self.records = [json.loads(line) for line in lines]
-        rewritten = path.with_suffix(".new")
-        rewritten.write_text("".join(line + "\n" for line in lines))
-        os.replace(rewritten, path)
 
 
 def checkpoints(folder: Path) -> list[Path]:

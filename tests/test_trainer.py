@@ -78,22 +78,28 @@ def test_the_loss_falls_and_the_records_say_so(uninterrupted):
 
 def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not(uninterrupted, tmp_path):
     rng = random.Random(time.time_ns())  # other moments in every run of the tests
-    kills = 0
-    for _ in range(30):
+    kills, metrics = 0, tmp_path / "metrics.jsonl"
+    while kills < 8:
+        done = int(checkpoints(tmp_path)[-1].name.removeprefix("step-")) if checkpoints(tmp_path) else 0
+        goal, deadline = done + rng.randint(1, 7), time.time() + 120
         child = forkserver.Process(target=train_in_child, args=(tmp_path, 0.02))
         child.start()
-        child.join(rng.uniform(0.3, 1.5))
+        while child.is_alive() and time.time() < deadline:
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= min(goal, 24):
+                break
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.06))  # in the middle of a step, or of writing a checkpoint
         if child.exitcode is not None:
             break
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        kills += bool(checkpoints(tmp_path)) and len(checkpoints(tmp_path)) > 0
+        kills += 1
     resumed = make_trainer(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     resumed.run()
     torch.set_num_threads(threads)
-    assert kills > 0
+    assert kills > 2
     assert_same_run(uninterrupted, resumed)
     assert not list(tmp_path.glob(".unfinished*")) and len(checkpoints(tmp_path)) == 2
 

@@ -1,14 +1,10 @@
 """Attention maps: which token looks at which, and how much."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from minillama.visualize.picture import picture
-
-if TYPE_CHECKING:
-    from IPython.display import Image
+from minillama.visualize.picture import Picture, picture
 
 
 def strongest_head(probabilities: Tensor, looking: int, seen: int) -> tuple[int, int]:
@@ -21,7 +17,7 @@ def strongest_head(probabilities: Tensor, looking: int, seen: int) -> tuple[int,
     return layer, head
 
 
-def attention_figure(probabilities: Tensor, pieces: Sequence[str], *, title: str, alt: str) -> "Image":
+def attention_figure(probabilities: Tensor, pieces: Sequence[str], *, title: str, alt: str) -> Picture:
     """One head's map as a picture (PNG): a row for each token that looks, a column for each that is looked at.
 
     probabilities: (T, T), rows sum to 1. pieces: the T tokens as text. alt: what the picture shows, in words, for those
