@@ -15,7 +15,7 @@ from minillama.cache import KVCache
 from minillama.checkpoint import load
 from minillama.generation import Sampling, next_logits, stream_tokens
 from minillama.model import Llama
-from tests.benchmarks.harness import race, row
+from tests.benchmarks.harness import race, row, threads
 from tests.parity.test_transformers import names, theirs, to_theirs
 
 ROUNDS = 7
@@ -88,12 +88,8 @@ def far_against_near(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 
 def rows(rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
+    with threads(THREADS):
         return [measure(dtype, rounds) for measure in (against_transformers, far_against_near) for dtype in TARGETS]
-    finally:
-        torch.set_num_threads(before)
 
 
 if __name__ == "__main__":

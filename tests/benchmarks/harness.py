@@ -35,10 +35,10 @@ def race(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int) -> Times
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Within this context PyTorch computes with one thread: on a shared machine two wait for each other."""
+def threads(count: int) -> Iterator[None]:
+    """Within this context PyTorch computes with this many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
