@@ -172,7 +172,7 @@ def model_card(runs: list[Trainer], tokenizer: SentencePieceTokenizer, validatio
     scores = {record["step"]: record["validation"] for record in records if "validation" in record}
     tokens = sum(record["tokens"] for record in records)
     curve = "\n".join(f"| {step:,} | {score:.4f} | {score - floor:.4f} |" for step, score in scores.items())
-    shares = "\n".join(f"| {t} | {accepted(model, tokenizer, t):.1%} |" for t in (0.5, 0.8, 1.0, 1.2))
+    shares = "\n".join(f"| {t} | {accepted(model, tokenizer, t):.1%} |" for t in (0.8, 1.0))
     c, s = CONFIG, SETTINGS
     return f"""# Model card: the toy
 
@@ -204,8 +204,11 @@ Of {SAMPLES} stories that it writes, the world accepts, without a single wrong w
 
 ## Limits
 
-It knows nothing but these stories: a text that begins otherwise leads nowhere. It was never tuned to follow
-instructions, though its tokenizer has the tokens of a chat (chapter 14 does that).
+- The goal is 90 % accepted at temperature 0.8 and 80 % at 1.0; the table above says how far it is from there. Nearly all
+  that is missing are two facts that it does not yet carry to the end of a story: where something was left, and who the
+  friend was.
+- It knows nothing but these stories: a text that begins otherwise leads nowhere. It was never tuned to follow
+  instructions, though its tokenizer has the tokens of a chat.
 
 **Licence:** Apache-2.0. **Made again by** `make toy`, from seed 0, in one thread.
 """
