@@ -39,7 +39,6 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
         kernel_name="python3",
         timeout=SECONDS_PER_CELL,
         resources={"metadata": {"path": str(folder)}},
-        store_widget_state=False,
         record_timing=False,
         coalesce_streams=True,
         extra_arguments=["--log-level=ERROR"],
