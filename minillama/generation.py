@@ -108,7 +108,6 @@ def next_logits(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
     return model.scores(model.hidden(tokens, cache)[:, -1]).float()
 
 
-@torch.inference_mode()  # on a generator: while a step is computed, and not between steps
 def stream_tokens(
     model: Llama,
     prompts: Sequence[Sequence[int]],
@@ -146,7 +145,6 @@ class Beam(NamedTuple):
     ids: list[int]
 
 
-@torch.inference_mode()
 def beam_search(
     model: Llama,
     ids: Sequence[int],

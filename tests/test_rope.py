@@ -102,6 +102,11 @@ def test_rotation_is_multiplication_by_complex_numbers():
     torch.testing.assert_close(y[0].double(), by_complex_numbers(x[0], frequency, positions), rtol=0, atol=5e-5)
 
 
+def test_a_transposed_view_is_turned_as_its_copy():
+    x, turn = torch.randn(1, 10, 3, 4).transpose(1, 3), rotation(frequencies(CONFIG), torch.arange(4))
+    torch.testing.assert_close(rotate(x, turn), rotate(x.clone(memory_format=torch.contiguous_format), turn))
+
+
 def test_each_row_of_a_batch_can_have_its_own_positions():
     torch.manual_seed(0)
     x, positions, frequency = torch.randn(2, 3, 5, 10), torch.tensor([[0, 1, 2], [0, 0, 1]]), frequencies(CONFIG)
