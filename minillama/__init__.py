@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Llama", "ModelConfig", "generate", "load", "save"]
 
-_HOME = {"Llama": "model", "ModelConfig": "config", "generate": "generation", "load": "checkpoint", "save": "checkpoint"}
+_HOME = {
+    "Llama": "model",
+    "ModelConfig": "config",
+    "generate": "generation",
+    "load": "checkpoint",
+    "save": "checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:
