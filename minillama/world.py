@@ -62,7 +62,7 @@ _WORDS = {
     "sad": "sad 难过, unhappy 伤心, gloomy 沮丧, lonely 孤单, tearful 想哭",
     "proud": "proud 自豪, brave 勇敢, strong 坚强, confident 自信, important 了不起",
     "sorry": "sorry 抱歉, guilty 内疚, ashamed 惭愧, regretful 后悔, foolish 愚蠢",
-    "angry": "angry 生气, cross 恼火, furious 愤怒, upset 不满, grumpy 不高兴",
+    "angry": "angry 生气, cross 来气, furious 愤怒, upset 不满, grumpy 不高兴",
 }
 MOODS = ("happy", "sad", "proud", "sorry", "angry")
 
@@ -141,7 +141,7 @@ Then it [got late~天晚了|grew cold~天冷了|was time to eat~该吃饭了], a
 """,
     "truth": """
 Playing with the {thing} indoors, {child} broke a {item:items}. ~ {child}在屋里玩{thing}，打破了一个{item}。
-{They} hid the pieces {spot:spots} and [went to bed~上床睡觉|said nothing~什么也没说|ran outside~跑到外面|began to whistle~吹起了口哨]. ~ {they}把碎片藏在{spot}，{1}。
+{They} hid the pieces {spot:spots} and [went to bed~回屋里睡了|said nothing~什么也没说|ran outside~跑到外面|began to whistle~吹起了口哨]. ~ {they}把碎片藏在{spot}，{1}。
 "Who broke the {item}?" asked {their} {giver}. "Was it the {animal:animals}?" ~ “谁打破了{item}？”{their}{giver}问。“是{animal}吗？”
 {child} [turned red~脸红了|looked away~看向别处|took a deep breath~深吸一口气|bit {their} lip~咬着嘴唇] and thought of {friend:names}, who never lied. ~ {child}{1}，想起了从不说谎的{friend}。
 "[It was me and the {colour} {thing}, and the pieces are {spot}," said {child}.{=mood proud}*2~“是我和{colour}{thing}，碎片在{spot}，”{child}说。|Yes, the {animal}," lied {child}, and sat {spot} with the {colour} {thing}, alone.{=mood sorry}~“是的，是{animal}，”{child}撒谎说，然后独自带着{colour}{thing}坐在{spot}。] ~ {1}
