@@ -117,4 +117,4 @@ def _find(name_or_path: str | Path) -> Path:
         raise ValueError(f"{path} is not a checkpoint: expected a folder or a file that ends in .gguf.")
     near = difflib.get_close_matches(str(name_or_path).lower(), ("toy", "smollm2"), n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else 'expected "toy", "smollm2", a folder or a .gguf file.'
-    raise ValueError(f"there is no checkpoint {str(name_or_path)!r:.1000}; {hint}")
+    raise ValueError(f"there is no checkpoint {str(name_or_path)!r:.400}; {hint}")
