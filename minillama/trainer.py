@@ -232,6 +232,9 @@ class Trainer:
         finished = self.folder / f"step-{self.step}"
         shutil.rmtree(finished, ignore_errors=True)
         unfinished.rename(finished)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         for old in checkpoints(self.folder)[:-2]:
             if int(old.name.removeprefix("step-")) not in self.snapshots:
                 shutil.rmtree(old)
@@ -240,6 +243,7 @@ class Trainer:
         """Take up the newest checkpoint, and cut off what `metrics.jsonl` says about later steps."""
         if found := checkpoints(self.folder):
             self._take_up(found[-1])
+            self._remove_old()  # a run that was killed while it did so
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines()[: self.step] if path.exists() else []
         self.records = [json.loads(line) for line in lines]
