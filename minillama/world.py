@@ -51,7 +51,7 @@ _WORDS = {
         read stories~读故事, plant flowers~种花, dance~跳舞, swim~游泳, tell jokes~讲笑话, play chess~下棋,
         ride a bike~骑自行车, build towers~搭高塔, catch fish~钓鱼, collect shells~收集贝壳, draw maps~画地图""",
     "spots": """under the tree~树下, behind the rock~石头后面, on the bench~长椅上, near the gate~大门旁边, in the grass~草丛里,
-        beside the well~井边, under the bridge~桥下, behind the shed~棚子后面, on the wall~墙头上, in the barrel~木桶里,
+        beside the well~井边, below the bridge~桥下, outside the shed~棚子外面, atop the wall~墙头上, inside the barrel~木桶里,
         by the fence~篱笆旁边, between the bushes~灌木丛之间""",
     "times": "morning 早上, afternoon 下午, evening 傍晚, night 夜里",
     "tools": "glue 胶水, tape 胶带, string 绳子, thread 线, paste 浆糊, wire 铁丝",
@@ -78,7 +78,7 @@ _OPENING = """
 _PLOTS = {
     "lost": """
 The next {time:times}, {child} took the {thing} to the {place:places} and left it {spot:spots}. ~ 第二天{time}，{child}把{thing}带到{place}，放在了{spot}。
-{They} played with {friend:names} until [it was late~很晚|they got tired~累了|the bell rang~铃声响起|it began to rain~开始下雨]. ~ {they}和{friend}一直玩到{1}。
+{They} played with {their} friend {friend:names} until [it was late~很晚|they got tired~累了|the bell rang~铃声响起|it began to rain~开始下雨]. ~ {they}和{their}朋友{friend}一直玩到{1}。
 At home, {child} looked in the [kitchen~厨房|bedroom~卧室|attic~阁楼|hall~走廊] and found only a [sock~一只袜子|spoon~一把勺子|button~一颗纽扣|leaf~一片叶子|coin~一枚硬币]. ~ 回到家，{child}在{1}里找，只找到{2}。
 "[Think hard~好好想想|Do not worry~别担心|Wait a moment~等一下|Let us go back~我们回去吧]," said {friend}. ~ “{1}，”{friend}说。
 [They ran back, and the {colour} {thing} was still {spot}!{=mood happy}*2~他们跑回去，{colour}{thing}还在{spot}！|They searched {spot}, but the {colour} {thing} was gone forever.{=mood sad}~他们去{spot}找，可是{colour}{thing}永远不见了。] ~ {1}
@@ -91,14 +91,14 @@ Soon {their} friend {friend:names} came by with some {tool:tools}. ~ 不久，{t
 {friend} worked [for an hour~修了一个小时|all day~修了一整天|very slowly~慢慢地修|with great care~非常小心地修], and with the {tool} the {colour} {thing} [was as good as new.{=mood happy}*2~变得像新的一样。|fell apart again.{=mood sad}~又散开了。] ~ {friend}{1}，用了{tool}，{colour}{thing}{2}
 """,
     "shared": """
-At the {place:places}, a child named {friend:names} sat {spot:spots} and saw the {thing}. ~ 在{place}，一个叫{friend}的孩子坐在{spot}，看见了{thing}。
+At the {place:places}, {their} friend {friend:names} sat {spot:spots} and saw the {thing}. ~ 在{place}，{their}朋友{friend}坐在{spot}，看见了{thing}。
 "[May I play with it~我可以玩一下吗|Can I hold it~我可以拿一下吗|Is it yours~这是你的吗]?" asked {friend}. ~ “{1}？”{friend}问。
 "[No~不行|Go away~走开|It is mine~这是我的|Find your own~你自己去找一个]!" said {child}, and {friend} began to [cry~哭|shake~发抖|walk away~走开|look at the ground~看着地面]. ~ “{1}！”{child}说，{friend}开始{2}。
 Then {child} thought of what {their} {giver} always said: "[Be kind~要善良|Toys are for two~玩具要两个人玩|Share and smile~分享就会微笑|Friends come first~朋友最重要]." ~ 这时{child}想起{their}{giver}常说的话：“{1}。”
 [So the two took turns with the {colour} {thing} until dark.{=mood happy}*2~于是两个人轮流玩{colour}{thing}，一直玩到天黑。|When {they} went back with the {colour} {thing}, nobody was {spot}.{=mood sorry}~当{they}拿着{colour}{thing}回去时，{spot}已经没有人了。] ~ {1}
 """,
     "hidden": """
-On a [warm~温暖|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:times}, {child} and {friend:names} played a game. ~ 在一个{1}的{time}，{child}和{friend}玩游戏。
+On a [warm~温暖|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:times}, {child} and {their} friend {friend:names} played a game. ~ 在一个{1}的{time}，{child}和{their}朋友{friend}玩游戏。
 {child} hid the {thing} {spot:spots}, and {friend} had to find it. ~ {child}把{thing}藏在{spot}，让{friend}去找。
 "Is it {guess:spots}?" asked {friend}. "[No~不是|Cold~不对|Wrong~错了|Never~才不是]!" ~ “在{guess}吗？”{friend}问。“{1}！”
 "Then {hunch:spots}!" [shouted~喊道|whispered~小声说|guessed~猜道] {friend}, but {friend.they} was wrong. ~ “那一定在{hunch}！”{friend}{1}，可是{friend.they}猜错了。
@@ -107,14 +107,14 @@ On a [warm~温暖|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:tim
     "rescue": """
 While walking to the {place:places}, {child} heard a [cry~哭声|squeak~吱吱声|soft voice~轻轻的声音|splash~水声]. ~ 在去{place}的路上，{child}听到了{1}。
 A [tiny~小小|wet~湿湿|hungry~饥饿|frightened~受惊] {animal:animals} was stuck {spot:spots}. ~ 一只{1}的{animal}被困在{spot}。
-{child} called {friend:names}, who brought a [rope~绳子|ladder~梯子|net~网|stick~棍子]. ~ {child}叫来了{friend}，{friend.they}带着{1}。
+{child} called {their} friend {friend:names}, who brought a [rope~绳子|ladder~梯子|net~网|stick~棍子]. ~ {child}叫来了{their}朋友{friend}，{friend.they}带着{1}。
 Together they stood {spot} and held out the {colour} {thing} to the {animal}. ~ 他们一起站在{spot}，向{animal}递出{colour}{thing}。
 [The {animal} grabbed it and was safe at last.{=mood proud}*2~{animal}抓住了它，终于安全了。|But the {animal} only [stared~瞪着眼|shivered~发抖] and would not let them help.{=mood sad}~可是{animal}只是{1}，不让他们帮忙。] ~ {1}
 """,
     "gift": """
-Soon it was the birthday of {friend:names}, and {child} had no present. ~ 不久就是{friend}的生日了，{child}没有礼物。
+Soon it was the birthday of {their} friend {friend:names}, and {child} had no present. ~ 不久就是{their}朋友{friend}的生日了，{child}没有礼物。
 {They} thought of a [cake~蛋糕|song~歌|card~卡片|flower~花], but that was [too small~太小了|not enough~还不够|too easy~太简单了|soon gone~很快就没了]. ~ {they}想到了{1}，但是那{2}。
-So {they} wrapped up the {thing} and kept it {spot:spots} until the party. ~ 于是{they}把{thing}包起来，放在{spot}，一直等到聚会。
+So {they} wrapped the {thing} and kept it {spot:spots} until the party. ~ 于是{they}把{thing}包起来，放在{spot}，一直等到聚会。
 At the party, a {animal:animals} [danced~跳起舞来|sang~唱起歌来|ate the cake~吃掉了蛋糕|fell asleep~睡着了], and everyone laughed. ~ 聚会上，一只{animal}{1}，大家都笑了。
 [From its place {spot}, {child} brought the {colour} {thing}, and {friend} and the {animal} hugged {them}.{=mood proud}*2~{child}从{spot}拿来{colour}{thing}，{friend}和{animal}拥抱了{them}。|But {spot}, rain had spoiled the {colour} {thing} for {friend}.{=mood sad}~可是在{spot}，雨水把要送给{friend}的{colour}{thing}弄坏了。] ~ {1}
 """,
@@ -128,12 +128,12 @@ The {animal} [ate the {food} and gave the {colour} {thing} back.{=mood happy}*2~
     "storm": """
 That {time:times} a storm came, and the wind blew the {thing} [over the roof~飞过屋顶|out of the yard~飞出院子|into the sky~飞上天空|down the street~沿街飞走]. ~ 那天{time}来了一场暴风雨，风把{thing}吹得{1}。
 From the window, {child} saw it land {spot:spots}. ~ {child}从窗户看见它落在{spot}。
-When the sun came out, {they} put on {their} [boots~穿上靴子|gloves~戴上手套|raincoat~穿上雨衣|old shoes~穿上旧鞋] and called {friend:names}. ~ 太阳出来时，{they}{1}，叫上了{friend}。
+When the sun came out, {they} put on {their} [boots~穿上靴子|gloves~戴上手套|raincoat~穿上雨衣|old shoes~穿上旧鞋] and called {their} friend {friend:names}. ~ 太阳出来时，{they}{1}，叫上了{their}朋友{friend}。
 On the way they met a {animal:animals} and [waved to it~向它挥手|asked it for help~请它帮忙|fed it some bread~喂它面包|took it along~带上了它]. ~ 路上他们遇到一只{animal}，{1}。
 [The {animal} saw the {colour} {thing} {spot}, wet but whole.{=mood happy}*2~{animal}看见{colour}{thing}在{spot}，湿了，但是完好。|Only a piece of the {colour} {thing} was left {spot}.{=mood sad}~{spot}只剩下{colour}{thing}的一小块。] ~ {1}
 """,
     "swapped": """
-Near the {place:places}, {child} met {friend:names}, who had a {other:colours} {thing}. ~ 在{place}附近，{child}遇到了{friend}，{friend.they}有一{measure}{other}{thing}。
+Near the {place:places}, {child} met {their} friend {friend:names}, who had a {other:colours} {thing}. ~ 在{place}附近，{child}遇到了{their}朋友{friend}，{friend.they}有一{measure}{other}{thing}。
 They played [pirates~海盗|kings and queens~国王和王后|tag~捉人|spies~间谍] and left both toys {spot:spots}. ~ 他们玩{1}，把两个玩具都放在{spot}。
 Then it [got late~天晚了|grew cold~天冷了|was time to eat~该吃饭了], and in a hurry {child} took the wrong one. ~ 后来{1}，{child}匆忙中拿错了。
 "Why is your {thing} {other} now?" asked {their} {giver}. ~ “你的{thing}现在怎么是{other}的？”{their}{giver}问。
@@ -143,8 +143,8 @@ Then it [got late~天晚了|grew cold~天冷了|was time to eat~该吃饭了], a
 Playing with the {thing} indoors, {child} broke a {item:items}. ~ {child}在屋里玩{thing}，打破了一个{item}。
 {They} hid the pieces {spot:spots} and [went to bed~回屋里睡了|said nothing~什么也没说|ran outside~跑到外面|began to whistle~吹起了口哨]. ~ {they}把碎片藏在{spot}，{1}。
 "Who broke the {item}?" asked {their} {giver}. "Was it the {animal:animals}?" ~ “谁打破了{item}？”{their}{giver}问。“是{animal}吗？”
-{child} [turned red~脸红了|looked away~看向别处|took a deep breath~深吸一口气|bit {their} lip~咬着嘴唇] and thought of {friend:names}, who never lied. ~ {child}{1}，想起了从不说谎的{friend}。
-"[It was me and the {colour} {thing}, and the pieces are {spot}," said {child}.{=mood proud}*2~“是我和{colour}{thing}，碎片在{spot}，”{child}说。|Yes, the {animal}," lied {child}, and sat {spot} with the {colour} {thing}, alone.{=mood sorry}~“是的，是{animal}，”{child}撒谎说，然后独自带着{colour}{thing}坐在{spot}。] ~ {1}
+{child} [turned red~脸红了|looked away~看向别处|took a deep breath~深吸一口气|bit {their} lip~咬着嘴唇] and thought of {their} friend {friend:names}, who never lied. ~ {child}{1}，想起了{their}从不说谎的朋友{friend}。
+"[It was me and the {colour} {thing}, and the pieces are {spot}," said {child}.{=mood proud}*2~“是我和{colour}{thing}，碎片在{spot}，”{child}说。|Yes, the {animal}," lied {child}, and sat alone {spot} with the {colour} {thing}.{=mood sorry}~“是的，是{animal}，”{child}撒谎说，然后独自带着{colour}{thing}坐在{spot}。] ~ {1}
 """,
 }
 
@@ -372,6 +372,8 @@ class Grammar:
                     teller.say(_look_up(name, facts).english)
                 case _New(name, among):
                     words = self._candidates(among, facts, teller.heldout)
+                    if isinstance(teller, _Reader):
+                        self._refuse(among, words, facts, teller)
                     word = words[teller.pick([1 / len(words)] * len(words), [(word.english,) for word in words])]
                     _learn(facts, name, word)
                     teller.say(word.english)
@@ -398,6 +400,18 @@ class Grammar:
             other = rival.english.capitalize() if name[0].isupper() else rival.english
             if reader.sees(other):
                 raise Fault(f"{subject} was {said!r}, now {other!r}", reader.position)
+
+    def _refuse(self, among: str, words: list[Word], facts: Facts, reader: "_Reader") -> None:
+        """Where the text names a word of the list that may not come now, raise the Fault that says why."""
+        for word in self.words.get(among, []):
+            if word in words or not reader.sees(word.english):
+                continue
+            if word in facts.values():
+                raise Fault(f"{word.english!r} is in the story already, expected another of the {among}", reader.position)
+            colour, thing = (facts["colour"], word) if among == "things" else (word, facts["thing"])
+            kept = "held out" if held_out(colour.english, thing.english) else "not held out"
+            message = f"the {colour.english} {thing.english} is {kept}, expected another of the {among}"
+            raise Fault(message, reader.position)
 
     def _candidates(self, among: str, facts: Facts, heldout: bool) -> list[Word]:
         """The words of a list that may come now: none that this story has said, and no pair that is kept out of it."""

@@ -639,6 +639,9 @@ def test_a_bad_option_or_text_is_one_sentence(
         (["--text", "book.txt", "--vocab-size", "90000"], "vocab_size=90000 is not possible: too large"),
         (["--text", "book.txt", "--vocab-size", "9"], "vocab_size=9 is not possible: too small"),
         (["--text", "part.txt", "--window", "500", "--tokenizer", "words"], "the tenth of .* has [0-9]+ tokens, a"),
+        (["--window", "64"], "--window is 64, but there is no --text to use it on"),
+        (["--vocab-size", "300"], "--vocab-size is 300, but there is no --text to use it on"),
+        (["--text", "book.txt", "--vocab-size", "300", "--tokenizer", "words"], "--vocab-size is 300, but the"),
     ],
 )
 def test_bad_input_to_train_is_one_sentence_and_makes_no_folder(

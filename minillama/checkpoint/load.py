@@ -34,7 +34,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r:.40}, expected one of {', '.join(map(str, DTYPES))}.")
-    device = _check_device(device)
+    device = check_device(device)
     path = _find(name_or_path)
     return fill(open_native(path) if path.is_dir() else open_gguf(path), device, dtype)
 
@@ -86,7 +86,8 @@ def _without_weights(config: ModelConfig) -> Llama:
         return Llama(config)
 
 
-def _check_device(device: str | torch.device) -> torch.device:
+def check_device(device: str | torch.device) -> torch.device:
+    """The device by that name. Raises ValueError if this machine does not have it."""
     try:
         device = torch.device(device)
         torch.empty(0, device=device)

@@ -32,8 +32,10 @@ def train(
     seed: Annotated[int, option("Run", "For the first weights and the order of the data.")] = 0,
     text: Annotated[list[Path] | None, option("Data", "Your own text, a UTF-8 file (may be given again).")] = None,
     tokenizer: Annotated[Path | None, option("Data", "Its folder; left out: the toy's, or a new one.")] = None,
-    vocab_size: Annotated[int, option("Data", "Tokens to learn from the text.")] = 2048,
-    window: Annotated[int, option("Data", "Tokens of the text that are read at once.", min=1)] = 256,
+    vocab_size: Annotated[int | None, option("Data", "Tokens to learn from the text; left out: 2048.")] = None,
+    window: Annotated[
+        int | None, option("Data", "Tokens of the text that are read at once; left out: 256.", min=1)
+    ] = None,
 ) -> None:
     """Train a model on the toy world's stories, or on text of your own.
 
@@ -50,12 +52,12 @@ def train(
     import torch
 
     from minillama import Llama, ModelConfig, generate, load
-    from minillama.checkpoint.load import _check_device
+    from minillama.checkpoint.load import check_device
     from minillama.data import StoryBatches, story_validation
     from minillama.tokenizer import load_tokenizer
     from minillama.trainer import Trainer, TrainSettings, checkpoints
 
-    config, place = ModelConfig.preset(preset), _check_device(device or best_device())
+    config, place = ModelConfig.preset(preset), check_device(device or best_device())
     settings = TrainSettings(
         steps=steps, learning_rate=learning_rate, warmup=min(50, max(0, steps) // 10), optimizer=optimizer,
         precision=precision,
@@ -65,11 +67,21 @@ def train(
     words = load_tokenizer(tokenizer) if tokenizer else None
     batches: TextBatches | StoryBatches
     if text:
+        if vocab_size is not None and words:
+            raise ValueError(
+                f"--vocab-size is {vocab_size}, but the tokenizer in {tokenizer} has {words.vocab_size} tokens, and is "
+                "learned already: leave one of the two out."
+            )
+        vocab_size = 2048 if vocab_size is None else vocab_size
+        window = 256 if window is None else window
         if window > config.max_seq_len:
             raise ValueError(f"--window is {window}, expected at most {config.max_seq_len}, the context of {preset}.")
         words, batches, validation, beginning = _read(text, words, vocab_size, batch_size, window, seed)
         data, content = f"{', '.join(path.name for path in text)} (window {window})", batches.tokens
     else:
+        for name, value in (("--vocab-size", vocab_size), ("--window", window)):
+            if value is not None:
+                raise ValueError(f"{name} is {value}, but there is no --text to use it on: give one, or leave it out.")
         words = words or load("toy")[1]
         assert words is not None
         batches, beginning = StoryBatches(words, batch_size, seed), ""
