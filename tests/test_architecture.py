@@ -18,7 +18,7 @@ ORDER = """
 
 TOP = {
     "README.md", "pyproject.toml", "Makefile", "LICENSE",
-    "chapters", "exercises", "solutions", "minillama", "data", "tests",
+    "chapters", "exercises", "minillama", "data", "tests",
     ".ci", ".editorconfig", ".gitattributes", ".gitignore",
 }  # fmt: skip
 

@@ -18,7 +18,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("chapters", "exercises", "solutions")
+FOLDERS = ("chapters", "exercises", "exercises/solutions")
+EXERCISE_ID = re.compile(r"\w\w-\w+-(box|stub|check)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SECONDS_PER_CELL = 600
 
@@ -62,7 +63,8 @@ def normalise(notebook: NotebookNode, results: bool = True) -> str:
     )
     count = 0
     for number, cell in enumerate(notebook.cells, start=1):
-        cell.id = f"cell-{number:02}"
+        if not EXERCISE_ID.fullmatch(cell.get("id", "")):
+            cell.id = f"cell-{number:02}"
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in ("tags", "slideshow")})
         if cell.cell_type != "code":
             continue

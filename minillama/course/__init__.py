@@ -1,0 +1,7 @@
+"""The exercises (all chapters): what they ask, what is known to go wrong, and how an answer is judged."""
+
+from minillama.course.check import Mistake, case, check, hint
+from minillama.course.progress import report
+from minillama.course.swap import swap_in
+
+__all__ = ["Mistake", "case", "check", "hint", "report", "swap_in"]
