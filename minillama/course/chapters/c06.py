@@ -211,6 +211,7 @@ def _loss_without(kind: str) -> float:
     for name, layer in model.named_modules():
         if name.rpartition(".")[2] == kind:
             layer.forward = lambda x, m=layer: x * m.weight
+    assert tokenizer is not None
     return mean_loss(model, story_validation(tokenizer, 20, seed=0).batches)
 
 
