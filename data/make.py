@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 RUN = HERE.parent / "work" / "toy"
 CONFIG = ModelConfig.preset("toy")
 SETTINGS = TrainSettings(
-    steps=5000, learning_rate=8e-3, weight_decay=0.05, warmup=100, precision="bfloat16", validate_every=250, save_every=250
+    steps=5000, learning_rate=8e-3, warmup=100, precision="bfloat16", validate_every=250, save_every=250
 )
 BATCH_SIZE = 16
 SNAPSHOTS = (100, 300, 500, 750, 1000, 2000)  # before, while and after the copying heads form

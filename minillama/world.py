@@ -99,7 +99,7 @@ Then {child} thought of what {their} {giver} always said: "[Be kind~要善良|To
 """,
     "hidden": """
 On a [warm~温暖|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:times}, {child} and {their} friend {friend:names} played a game. ~ 在一个{1}的{time}，{child}和{their}朋友{friend}玩游戏。
-{child} hid the {thing} {spot:spots}, and {friend} had to find it. ~ {child}把{thing}藏在{spot}，让{friend}去找。
+{child} hid the {thing} {spot:spots} and said, "Find it!" ~ {child}把{thing}藏在{spot}，说：“来找吧！”
 "Is it {guess:spots}?" asked {friend}. "[No~不是|Cold~不对|Wrong~错了|Never~才不是]!" ~ “在{guess}吗？”{friend}问。“{1}！”
 "Then {hunch:spots}!" [shouted~喊道|whispered~小声说|guessed~猜道] {friend}, but {friend.they} was wrong. ~ “那一定在{hunch}！”{friend}{1}，可是{friend.they}猜错了。
 [At last {friend} looked {spot} and found the {colour} {thing}.{=mood happy}~最后{friend}往{spot}一看，找到了{colour}{thing}。|"I give up," said {friend}, so {child} showed the {colour} {thing} {spot}.{=mood proud}~“我认输了，”{friend}说，于是{child}从{spot}拿来了{colour}{thing}。] ~ {1}
