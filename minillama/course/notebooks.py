@@ -51,10 +51,13 @@ def read(path: Path) -> Notebook:
 
 def write(notebook: Notebook, path: Path) -> None:
     """Write a notebook in one step."""
+    _write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", path)
+
+
+def _write_text(text: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False) as file:
-        json.dump(notebook, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
     os.replace(file.name, path)
 
 
@@ -64,7 +67,7 @@ def start(chapter: str) -> tuple[Path, bool]:
     source, path = original(chapter), copy_of(chapter)
     if path.exists():
         return path, False
-    write(read(source), path)
+    _write_text(source.read_text(encoding="utf-8"), path)
     return path, True
 
 
@@ -113,3 +116,26 @@ def restored(notebook: Notebook, chapter: str) -> Notebook:
 
 def _cell(notebook: Notebook, name: str) -> dict[str, Any] | None:
     return next((cell for cell in notebook["cells"] if cell.get("id") == name), None)
+
+
+def solution(number: str) -> str:
+    """An exercise's solution. Raises ValueError where the solutions were taken out of the course."""
+    path = EXERCISES / "solutions" / original(number.partition(".")[0]).name
+    if not path.exists():
+        raise ValueError(f"the solutions are not in this copy of the course ({path.name} is missing).")
+    cell = _cell(read(path), f"{number.replace('.', '-')}-stub")
+    return cell["source"] if cell else ""
+
+
+def released() -> list[str]:
+    """The chapters whose solutions an instructor has released."""
+    note = EXERCISES / "released.txt"
+    return note.read_text(encoding="utf-8").split() if note.exists() else []
+
+
+def release(chapter: str) -> list[str]:
+    """Release a chapter's solutions; all chapters that are released now. Raises ValueError for an unknown chapter."""
+    original(chapter)
+    chosen = sorted({*released(), chapter})
+    (EXERCISES / "released.txt").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    return chosen
