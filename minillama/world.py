@@ -37,6 +37,7 @@ _WORDS = {
         Theo 西奥 he, Hugo 雨果 he, Kai 凯 he""",
     "family": "mom 妈妈, dad 爸爸, grandma 奶奶, grandpa 爷爷, aunt 阿姨, uncle 叔叔",
     "colours": "red 红色, blue 蓝色, green 绿色, yellow 黄色, purple 紫色, pink 粉色, white 白色, brown 棕色",
+    "shades": "black 黑色, grey 灰色, golden 金色, silver 银色, violet 紫罗兰色, navy 藏青色, cream 米色, teal 青色",
     "things": """kite 风筝 只, ball 球 个, hat 帽子 顶, boat 小船 艘, drum 鼓 面, doll 娃娃 个, car 小汽车 辆, book 书 本,
         scarf 围巾 条, bell 铃铛 个, lamp 灯 盏, cup 杯子 个, coat 外套 件, flag 旗子 面, train 小火车 列, robot 机器人 个,
         basket 篮子 个, pillow 枕头 个, blanket 毯子 条, whistle 哨子 个, lantern 灯笼 盏, puppet 木偶 个,
@@ -101,7 +102,7 @@ Then {child} thought of what {their} {giver} always said: "[Be kind~要善良|To
 On a [warm~温暖|rainy~下雨|windy~刮风|snowy~下雪|foggy~有雾] {time:times}, {child} and {their} friend {friend:names} played a game. ~ 在一个{1}的{time}，{child}和{their}朋友{friend}玩游戏。
 {child} hid the {thing} {spot:spots} and said, "Find it!" ~ {child}把{thing}藏在{spot}，说：“来找吧！”
 "Is it {guess:spots}?" asked {friend}. "[No~不是|Cold~不对|Wrong~错了|Never~才不是]!" ~ “在{guess}吗？”{friend}问。“{1}！”
-"Then {hunch:spots}!" [shouted~喊道|whispered~小声说|guessed~猜道] {friend}, but {friend.they} was wrong. ~ “那一定在{hunch}！”{friend}{1}，可是{friend.they}猜错了。
+"Then [on the roof~屋顶上|in your pocket~你的口袋里|up the chimney~烟囱里|behind your back~你的背后]!" [shouted~喊道|whispered~小声说|guessed~猜道] {friend}, but {friend.they} was wrong. ~ “那一定在{1}！”{friend}{2}，可是{friend.they}猜错了。
 [At last {friend} looked {spot} and found the {colour} {thing}.{=mood happy}~最后{friend}往{spot}一看，找到了{colour}{thing}。|"I give up," said {friend}, so {child} showed the {colour} {thing} {spot}.{=mood proud}~“我认输了，”{friend}说，于是{child}从{spot}拿来了{colour}{thing}。] ~ {1}
 """,
     "rescue": """
@@ -133,7 +134,7 @@ On the way they met a {animal:animals} and [waved to it~向它挥手|asked it fo
 [The {animal} saw the {colour} {thing} {spot}, wet but whole.{=mood happy}*2~{animal}看见{colour}{thing}在{spot}，湿了，但是完好。|Only a piece of the {colour} {thing} was left {spot}.{=mood sad}~{spot}只剩下{colour}{thing}的一小块。] ~ {1}
 """,
     "swapped": """
-Near the {place:places}, {child} met {their} friend {friend:names}, who had a {other:colours} {thing}. ~ 在{place}附近，{child}遇到了{their}朋友{friend}，{friend.they}有一{measure}{other}{thing}。
+Near the {place:places}, {child} met {their} friend {friend:names}, who had a {other:shades} {thing}. ~ 在{place}附近，{child}遇到了{their}朋友{friend}，{friend.they}有一{measure}{other}{thing}。
 They played [pirates~海盗|kings and queens~国王和王后|tag~捉人|spies~间谍] and left both toys {spot:spots}. ~ 他们玩{1}，把两个玩具都放在{spot}。
 Then it [got late~天晚了|grew cold~天冷了|was time to eat~该吃饭了], and in a hurry {child} took the wrong one. ~ 后来{1}，{child}匆忙中拿错了。
 "Why is your {thing} {other} now?" asked {their} {giver}. ~ “你的{thing}现在怎么是{other}的？”{their}{giver}问。
@@ -408,10 +409,9 @@ class Grammar:
                 continue
             if word in facts.values():
                 raise Fault(f"{word.english!r} is in the story already, expected another of the {among}", reader.position)
-            colour, thing = (facts["colour"], word) if among == "things" else (word, facts["thing"])
-            kept = "held out" if held_out(colour.english, thing.english) else "not held out"
-            message = f"the {colour.english} {thing.english} is {kept}, expected another of the {among}"
-            raise Fault(message, reader.position)
+            colour = facts["colour"].english
+            kept = "held out" if held_out(colour, word.english) else "not held out"
+            raise Fault(f"the {colour} {word.english} is {kept}, expected another of the {among}", reader.position)
 
     def _candidates(self, among: str, facts: Facts, heldout: bool) -> list[Word]:
         """The words of a list that may come now: none that this story has said, and no pair that is kept out of it."""
@@ -419,8 +419,6 @@ class Grammar:
         words = [word for word in words if word not in facts.values()]
         if among == "things" and "colour" in facts:
             words = [word for word in words if held_out(facts["colour"].english, word.english) == heldout]
-        if among == "colours" and "thing" in facts:
-            words = [word for word in words if not held_out(word.english, facts["thing"].english)]
         return words
 
     def _entropy(self, template: _Template, facts: Facts, heldout: bool) -> float:
