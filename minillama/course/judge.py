@@ -191,7 +191,8 @@ def _first_difference(got: Any, expected: Any, tolerance: float, where: str = ""
         if not isinstance(got, Tensor):
             return f"it returns {_kind(got)}{at}, expected {_kind(expected)}."
         if got.shape != expected.shape:
-            flipped = " (the last two axes are swapped)" if got.dim() > 1 and got.shape == expected.mT.shape else ""
+            turned = expected.dim() > 1 and got.shape == expected.mT.shape
+            flipped = " (the last two axes are swapped)" if turned else ""
             return f"the shape{at} is {tuple(got.shape)}, expected {tuple(expected.shape)}{flipped}."
         if got.dtype != expected.dtype:
             return f"the dtype{at} is {got.dtype}, expected {expected.dtype}."
