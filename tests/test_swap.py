@@ -18,6 +18,10 @@ def attention(q, k, v):
     return scores.softmax(-1) @ v
 
 
+def silu_gate(gate, up):
+    return F.silu(gate) * up
+
+
 RIGHT = {
     "lookup": lambda tokens, table: F.one_hot(tokens, len(table)).float() @ table,
     "logits": lambda x, table: x @ table.mT,
@@ -31,7 +35,7 @@ RIGHT = {
     "weighted_sum": lambda probabilities, v: probabilities @ v,
     "attention": attention,
     "silu": lambda x: x * torch.sigmoid(x),
-    "feedforward": lambda x, gate, up, down: (F.silu(x @ gate.mT) * (x @ up.mT)) @ down.mT,
+    "feedforward": lambda x, gate_up, down: silu_gate(*(x @ gate_up.mT).chunk(2, -1)) @ down.mT,
     "norm": lambda x, weight, eps: x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight,
 }
 

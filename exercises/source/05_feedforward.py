@@ -29,19 +29,21 @@ def silu(x: Tensor) -> Tensor:
 
 
 # %% [markdown] exercise="05.2"
-# `swiglu(x, gate, up, down)`: x (..., dim), gate and up (ffn_dim, dim), down (dim, ffn_dim) → (..., dim), for any number of
-# axes in front. Weights are (out, in), as everywhere in the package.
+# `swiglu(x, gate_up, down)`: x (..., dim), gate_up (2·ffn_dim, dim), the rows of the gate above the rows of up, and down
+# (dim, ffn_dim) → (..., dim), for any number of axes in front, with two matrix products in all. Weights are (out, in).
 #
-# For example with dim = ffn_dim = 1, gate = up = down = 1 and x = 2 it is 2 · 1.762 = 3.523.
+# For example with dim = ffn_dim = 1, all weights 1 and x = 2 it is 2 · 1.762 = 3.523.
 
 
 # %% exercise="05.2"
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """x (..., dim) → (..., dim)"""
     # <solution>
-    opened = x @ gate.mT
+    both = x @ gate_up.mT
+    half = both.shape[-1] // 2
+    opened, carried = both[..., :half], both[..., half:]
     opened = opened / (1 + torch.exp(-opened))
-    return (opened * (x @ up.mT)) @ down.mT
+    return (opened * carried) @ down.mT
     # </solution>
 
 

@@ -26,7 +26,7 @@ PARTS = {
     "weighted_sum": "weighted_sum(probabilities, v)",
     "attention": "attention(q, k, v)",
     "silu": "silu(x)",
-    "feedforward": "swiglu(x, gate, up, down)",
+    "feedforward": "swiglu(x, gate_up, down)",
     "norm": "rms_norm(x, weight, eps)",
 }
 
@@ -62,7 +62,7 @@ def _replace(module: torch.nn.Module, forward: Callable[..., Any]) -> None:
 def _replace_feedforward(module: FeedForward, parts: dict[str, Callable[..., Any]]) -> None:
     gate, up, down = module.gate, module.up, module.down
     if "feedforward" in parts:
-        _replace(module, lambda x: parts["feedforward"](x, gate.weight, up.weight, down.weight))
+        _replace(module, lambda x: parts["feedforward"](x, torch.cat([gate.weight, up.weight]), down.weight))
     elif "silu" in parts:
         _replace(module, lambda x: down(parts["silu"](gate(x)) * up(x)))
 

@@ -1,7 +1,7 @@
 """Figures for a page: a PNG that reads the same in a light and a dark page, with its content in words."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class Picture:
     """A PNG which Jupyter shows as the value of a cell. `alt` says what it shows, for those who cannot see it."""
 
-    data: bytes
+    data: bytes = field(repr=False)
     alt: str
 
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:

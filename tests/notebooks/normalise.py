@@ -11,10 +11,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.output_widget import OutputWidget
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +35,14 @@ def is_exercise(path: Path) -> bool:
     return path.resolve().parent == ROOT / "exercises"
 
 
+class _Listener(OutputWidget):
+    """Takes what a cell shows inside of a widget, and does not answer: now and then an answer crosses with the next
+    request, the kernel's reply is lost, and nbclient waits for it until its time is up."""
+
+    def send(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+
 def execute(notebook: NotebookNode, folder: Path) -> None:
     """Run all cells in a new kernel of this Python, in `folder`. Raises nbclient's errors; outputs change in place."""
     client = NotebookClient(
@@ -44,6 +54,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
         coalesce_streams=True,
         extra_arguments=["--log-level=ERROR"],
     )
+    client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": _Listener}}
     client.execute()
 
 

@@ -70,38 +70,76 @@ SILU = Exercise(
 def _swiglu_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     for shape, dim, width in (((2, 3), 5, 11), ((4,), 6, 7), ((), 3, 4), ((2, 1, 3), 4, 9), ((0,), 5, 8)):
         x = torch.randn(*shape, dim, generator=rng) * 2
-        gate, up = (torch.randn(width, dim, generator=rng) for _ in range(2))
-        yield x, gate, up, torch.randn(dim, width, generator=rng)
+        yield x, torch.randn(2 * width, dim, generator=rng), torch.randn(dim, width, generator=rng)
+
+
+def _parts(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = F.linear(x, gate_up).chunk(2, -1)
+    return gate, up
+
+
+def _swapped(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = _parts(x, gate_up)
+    return (gate * F.silu(up)) @ down.mT
+
+
+def _interleaved(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    both = F.linear(x, gate_up)
+    return (F.silu(both[..., 0::2]) * both[..., 1::2]) @ down.mT
+
+
+def _with(bend: Any) -> Any:
+    """The layer with another bend for the gate."""
+
+    def layer(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        gate, up = _parts(x, gate_up)
+        return (bend(gate) * up) @ down.mT
+
+    return layer
+
+
+def _on_product(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = _parts(x, gate_up)
+    return F.silu(gate * up) @ down.mT
+
+
+def _no_up(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return F.silu(_parts(x, gate_up)[0]) @ down.mT
+
+
+def _added(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = _parts(x, gate_up)
+    return (F.silu(gate) + up) @ down.mT
+
+
+def _both(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = _parts(x, gate_up)
+    return (F.silu(gate) * F.silu(up)) @ down.mT
 
 
 SWIGLU = Exercise(
-    "05.2", "SwiGLU", "swiglu", minutes=15, difficulty=2,
-    why="Two thirds of a LLaMA's weights work in these few multiplications.",
-    reference=lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),
+    "05.2", "SwiGLU in two products", "swiglu", minutes=15, difficulty=2,
+    why="Two thirds of a LLaMA's weights work here; fast engines read gate and up as one matrix.",
+    reference=_with(F.silu),
     cases=_swiglu_cases,
     wrong=(
-        Wrong("the activation is on the up branch: it belongs on the gate's.",
-              lambda x, gate, up, down: (x @ gate.mT * F.silu(x @ up.mT)) @ down.mT),
-        Wrong("the activation is on the product: only the gate goes through it.",
-              lambda x, gate, up, down: F.silu(x @ gate.mT * (x @ up.mT)) @ down.mT),
-        Wrong("the gate goes through a sigmoid: that is GLU; SwiGLU's gate goes through SiLU.",
-              lambda x, gate, up, down: (torch.sigmoid(x @ gate.mT) * (x @ up.mT)) @ down.mT),
-        Wrong("the gate goes through GELU: that is GEGLU; SwiGLU's gate goes through SiLU.",
-              lambda x, gate, up, down: (F.gelu(x @ gate.mT) * (x @ up.mT)) @ down.mT),
-        Wrong("the up branch is missing: without it, it is a plain MLP.",
-              lambda x, gate, up, down: F.silu(x @ gate.mT) @ down.mT),
-        Wrong("gate and up are added, not multiplied.",
-              lambda x, gate, up, down: (F.silu(x @ gate.mT) + x @ up.mT) @ down.mT),
-        Wrong("both branches go through the activation: only the gate does.",
-              lambda x, gate, up, down: (F.silu(x @ gate.mT) * F.silu(x @ up.mT)) @ down.mT),
+        Wrong("the activation is on the up half: it belongs on the gate's, which is the first.", _swapped),
+        Wrong("the activation is on the product: only the gate goes through it.", _on_product),
+        Wrong("the gate goes through a sigmoid: that is GLU; SwiGLU's gate goes through SiLU.", _with(torch.sigmoid)),
+        Wrong("the gate goes through GELU: that is GEGLU; SwiGLU's gate goes through SiLU.", _with(F.gelu)),
+        Wrong("the up half is missing: without it, it is a plain MLP.", _no_up),
+        Wrong("gate and up are added, not multiplied.", _added),
+        Wrong("both halves go through the activation: only the gate does.", _both),
+        Wrong("gate and up were taken from every second row: the first half of the rows is the gate.",
+              _interleaved),
     ),
     hints=(
         "Which of the two wide vectors decides how much passes, and which one says what passes?",
-        "Project x twice, bend one of the two results, multiply number by number, project back.",
-        "weights are (out, in), so each product is with a transposed weight · SiLU on the gate · times up · down.",
+        "Project x once with the tall matrix, cut the result in two, bend the first half, multiply, project back.",
+        "weights are (out, in), so each product is with a transposed weight · halves · SiLU on the first · down.",
     ),
     part="feedforward",
-    blocked=("minillama.feedforward.FeedForward.forward",),
+    blocked=("minillama.feedforward.FeedForward.forward", "torch.nn.functional.glu"),
 )  # fmt: skip
 
 
