@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minillama import generate, load, world
-from minillama.cli.train import train
+from minillama.cli.train import quick_precision, train
 from minillama.config import ModelConfig
 from minillama.data import StoryBatches
 from minillama.model import Llama
@@ -39,7 +39,7 @@ def rows(rounds: int = 1) -> list[dict[str, Any]]:
     default = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
     tokenizer = load("toy")[1]
     settings = TrainSettings(
-        steps=default["steps"], learning_rate=default["learning_rate"], warmup=50, precision=default["precision"],
+        steps=default["steps"], learning_rate=default["learning_rate"], warmup=50, precision=quick_precision("cpu"),
         validate_every=default["steps"], save_every=default["steps"],
     )  # fmt: skip
     torch.manual_seed(default["seed"])
