@@ -35,13 +35,16 @@ HIDDEN = 0.15  # of the tokens, for BERT
 
 
 class GPT2(nn.Module):
-    """Radford et al. 2019: learned positions are added to the embeddings; LayerNorm before each part; GELU; biases."""
+    """Radford et al. 2019: learned positions are added to the embeddings; LayerNorm before each
+    part; GELU; biases."""
 
     def __init__(self, vocab_size: int):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocab_size, DIM), nn.Embedding(LENGTH, DIM)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(DIM, HEADS, 4 * DIM, 0.0, F.gelu, batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(
+                DIM, HEADS, 4 * DIM, 0.0, F.gelu, batch_first=True, norm_first=True
+            )
             for _ in range(LAYERS)
         )
         self.norm = nn.LayerNorm(DIM)
@@ -56,15 +59,17 @@ class GPT2(nn.Module):
 
 
 class Transformer2017(nn.Module):
-    """Vaswani et al. 2017: an encoder that sees all of the first part, a decoder that writes the second and looks at
-    the encoder's output in every layer; sinusoidal positions; LayerNorm after each part; ReLU."""
+    """Vaswani et al. 2017: an encoder that sees all of the first part, a decoder that writes the
+    second and looks at the encoder's output in every layer; sinusoidal positions; LayerNorm after
+    each part; ReLU."""
 
     def __init__(self, vocab_size: int):
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, DIM)
         shape = {"dim_feedforward": 4 * DIM, "dropout": 0.0, "batch_first": True}
-        encoder = nn.ModuleList(nn.TransformerEncoderLayer(DIM, HEADS, **shape) for _ in range(LAYERS // 2))
-        decoder = nn.ModuleList(nn.TransformerDecoderLayer(DIM, HEADS, **shape) for _ in range(LAYERS // 2))
+        half = range(LAYERS // 2)
+        encoder = nn.ModuleList(nn.TransformerEncoderLayer(DIM, HEADS, **shape) for _ in half)
+        decoder = nn.ModuleList(nn.TransformerDecoderLayer(DIM, HEADS, **shape) for _ in half)
         self.blocks = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
         angles = torch.arange(LENGTH)[:, None] * 10_000 ** (-torch.arange(0, DIM, 2) / DIM)
         self.register_buffer("positions", torch.stack([angles.sin(), angles.cos()], -1).flatten(1))
@@ -84,14 +89,15 @@ class Transformer2017(nn.Module):
 
 
 class BERT(nn.Module):
-    """Devlin et al. 2019: nothing hides the future, so it cannot be asked for the next word; some words are hidden
-    instead, and it is asked for those."""
+    """Devlin et al. 2019: nothing hides the future, so it cannot be asked for the next word; some
+    words are hidden instead, and it is asked for those."""
 
     def __init__(self, vocab_size: int):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocab_size, DIM), nn.Embedding(LENGTH, DIM)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(DIM, HEADS, 4 * DIM, 0.0, F.gelu, batch_first=True) for _ in range(LAYERS)
+            nn.TransformerEncoderLayer(DIM, HEADS, 4 * DIM, 0.0, F.gelu, batch_first=True)
+            for _ in range(LAYERS)
         )
         initialize(self)
 
