@@ -151,27 +151,30 @@ def llama3_scaling(plain: Tensor, factor: float, low: float, high: float, origin
 
 
 # %% [markdown] exercise="03.8"
-# `model.frequency` holds the toy's clock hands, the radians by which each pair turns. Measure its mean loss on
-# `story_validation(tokenizer, 20, seed=0)` as it is, with all hands stopped (frequencies 0), and at half speed. Write your
-# prediction for the stopped hands down first.
+# `model.frequency` (head_dim/2,) holds the toy's clock hands, the fast ones first. Measure its mean loss on
+# `story_validation(tokenizer, 20, seed=0)` as it is, with the faster half of the hands stopped (frequencies 0), and with the
+# slower half stopped instead. Write down first which half you expect to be missed more: `"fast"` or `"slow"`.
 
 # %% exercise="03.8"
 measured_03 = {
-    "predicted": None,  # nats per token with stopped hands, before you measure
-    "loss": None,
-    "stopped": None,
-    "half speed": None,
+    "predicted": None,  # "fast" or "slow", before you measure
+    "loss": None,  # nats per token
+    "fast stopped": None,
+    "slow stopped": None,
     "because": None,  # a sentence
 }
 # <solution>
 model, tokenizer = load("toy")
 batches = story_validation(tokenizer, 20, seed=0).batches
 plain = model.frequency.clone()
-measured_03["predicted"] = 3.0
-for name, speed in (("loss", 1.0), ("stopped", 0.0), ("half speed", 0.5)):
-    model.frequency = speed * plain
+half = len(plain) // 2
+measured_03["predicted"] = "fast"
+measured_03["loss"] = mean_loss(model, batches)
+for name, part in (("fast stopped", slice(0, half)), ("slow stopped", slice(half, None))):
+    model.frequency = plain.clone()
+    model.frequency[part] = 0
     measured_03[name] = mean_loss(model, batches)
-measured_03["because"] = "its heads look for the token just before and others by distance, and cannot find them any more"
+measured_03["because"] = "its heads look for near neighbours, and only fast hands tell one position from the next"
 # </solution>
 
 # %% tags=["nbval-ignore-output"]

@@ -335,14 +335,15 @@ SCALING = Exercise(
 
 
 def _losses() -> dict[str, float]:
-    """The toy's loss with its clock hands as they are, stopped, and at half speed."""
+    """The toy's loss with its clock hands as they are, the fast half of them stopped, and the slow half."""
     model, tokenizer = load("toy")
     assert tokenizer is not None
     batches = story_validation(tokenizer, 20, seed=0).batches
     plain = model.frequency.clone()
     losses = {}
-    for name, scale in (("loss", 1.0), ("stopped", 0.0), ("half speed", 0.5)):
-        model.frequency = plain * scale
+    fast = torch.arange(len(plain)) < len(plain) // 2
+    for name, stopped in (("loss", fast & ~fast), ("fast stopped", fast), ("slow stopped", ~fast)):
+        model.frequency = plain.masked_fill(stopped, 0.0)
         losses[name] = mean_loss(model, batches)
     return losses
 
@@ -352,29 +353,29 @@ def _verify(measured: dict[str, Any]) -> str:
     for key, value in true.items():
         if abs(measured[key] - value) > 0.02 * value:
             return (
-                f"{key!r} is not what the 20 stories of seed 0 give: multiply a fresh toy's model.frequency by "
-                f"{ {'loss': 1, 'stopped': 0, 'half speed': 0.5}[key] }, and nothing else."
+                f"{key!r} is not what the 20 stories of seed 0 give: set half of a fresh toy's model.frequency to 0, "
+                "the first half for the fast pairs, the second for the slow ones, and nothing else."
             )
-    if not measured["predicted"] > 0:
-        return f"the prediction is {measured['predicted']}, expected a loss in nats, above 0."
+    if measured["predicted"] not in ("fast", "slow"):
+        return f"the prediction is {measured['predicted']!r}, expected 'fast' or 'slow'."
     if len(str(measured["because"]).split()) < 8:
         return "the explanation is too short: give eight words or more, on what a head can no longer tell apart."
     return ""
 
 
 EXPERIMENT = Experiment(
-    "03.8", "experiment: stop the clock hands", "measured_03", minutes=25, difficulty=3,
-    why="What the toy knows is to a large part in the order of the words; measure how large.",
+    "03.8", "experiment: stop half of the clock hands", "measured_03", minutes=25, difficulty=3,
+    why="Some hands tell neighbours apart, others only beginning from end; measure which the toy reads.",
     keys={
-        "predicted": "the loss that you expect without any rotation, in nats per token, written before you measure",
+        "predicted": "fast or slow: the half whose absence you expect to cost more, written before you measure",
         "loss": "the toy's loss on 20 stories, in nats per token",
-        "stopped": "the loss when no pair turns",
-        "half speed": "the loss when every pair turns at half its speed, as linear scaling by 2 does",
+        "fast stopped": "the loss when the faster half of the pairs does not turn",
+        "slow stopped": "the loss when the slower half does not turn",
         "because": "a sentence on why",
     },
     verify=_verify,
     hints=(
-        "If all frequencies are 0, what does a head still know about where a token stands?",
+        "How many positions does the slowest of the fast hands take for one turn, and how long is a story?",
         "The model keeps its frequencies in model.frequency, (head_dim/2,); a product with a number is a new one.",
         "load · story_validation(tokenizer, 20, seed=0) · set model.frequency · mean_loss · put it back.",
     ),
