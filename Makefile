@@ -2,7 +2,7 @@
 # this file: it is made anew when its Python is gone or when the repository was moved. Nothing else is changed.
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test lint notebooks bench toy again
+.PHONY: help lab test lint notebooks exercises bench toy again
 
 # The first Python of this list that fits makes .venv; `make lab PYTHON=python3.12` names one. The range is that of the
 # torch release in tests/constraints.txt.
@@ -36,6 +36,9 @@ lint: .venv/installed ## check the style of code and notebooks (ruff) and the pa
 
 notebooks: .venv/installed .venv/real-model ## run the notebooks again and store what they show (NOTEBOOKS='…' for some)
 	$(VENV) -m tests.notebooks.normalise $(NOTEBOOKS)
+
+exercises: .venv/installed ## build the exercise notebooks from exercises/source
+	$(VENV) -m tests.notebooks.build_exercises
 
 bench: .venv/installed .venv/real-model ## measure speed and memory (BENCH_FLAGS='…' adds flags)
 	$(VENV) -m tests.benchmarks $(BENCH_FLAGS)
