@@ -46,6 +46,9 @@ SCORES = Exercise(
               lambda q, k: _scores(q, k) * math.sqrt(q.shape[-1])),
         Wrong("it is divided by the root of the number of queries: what is added up are the numbers of a head.",
               lambda q, k: _scores(q, k) / math.sqrt(q.shape[-2])),
+        Wrong("what lies in the future is hidden already: only the scores are asked for, the mask is the next step.",
+              lambda q, k: (_scores(q, k) / math.sqrt(q.shape[-1])).masked_fill(
+                  ~_triangle(q.shape[-2], k.shape[-2], k.shape[-2] - q.shape[-2]), -torch.inf)),
         Wrong("keys stand in the rows and queries in the columns: a row belongs to the token that looks.",
               lambda q, k: _scores(q, k).mT / math.sqrt(q.shape[-1])),
         Wrong("in bf16 the scores come out in bf16: widen both to fp32 before they are multiplied.",
@@ -110,6 +113,9 @@ SOFTMAX = Exercise(
               lambda scores: torch.softmax(scores, -1).nan_to_num(1 / scores.shape[-1])),
         Wrong("the shares are not divided by their sum: the largest of each row is 1.",
               lambda scores: (scores - scores.amax(-1, keepdim=True)).exp().nan_to_num(0.0)),
+        Wrong("it is divided by the sum of all rows together: each row has its own.",
+              lambda scores: (scores - scores.amax(-1, keepdim=True)).exp()
+              / (scores - scores.amax(-1, keepdim=True)).exp().sum()),
         Wrong("each share is multiplied by its score: the exponentials alone are the shares.",
               lambda scores: (torch.softmax(scores, -1) * scores).nan_to_num(0.0)),
     ),
@@ -132,7 +138,7 @@ SOFTMAX = Exercise(
 
 def _mask_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     drawn = torch.randint(2, 9, (4, 2), generator=rng).tolist()
-    return [(3, 7), (5, 5), (1, 6), (1, 1), (0, 4), *((new, new + kept) for new, kept in drawn)]
+    return [(3, 7), (5, 5), (1, 6), (1, 1), *((new, new + kept) for new, kept in drawn)]
 
 
 def _triangle(new: int, total: int, diagonal: int) -> Tensor:
@@ -230,7 +236,7 @@ WEIGHTED = Exercise(
 
 
 def _split_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
-    for b, t, h, d in ((2, 5, 6, 4), (1, 3, 2, 3), (3, 1, 4, 2), (1, 4, 1, 5), (2, 3, 5, 1), (0, 3, 2, 4)):
+    for b, t, h, d in ((2, 5, 6, 4), (1, 3, 2, 3), (3, 1, 4, 2), (1, 4, 1, 5), (2, 3, 5, 1), (1, 2, 3, 4)):
         yield torch.randn(b, t, h * d, generator=rng), h
     yield torch.randn(2, 7, 6, generator=rng).bfloat16(), 3
     yield torch.randn(2, 8, 5, generator=rng).mT, 2
@@ -270,7 +276,7 @@ SPLIT = Exercise(
 
 
 def _merge_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
-    for b, h, t, d in ((2, 6, 5, 4), (1, 2, 3, 3), (3, 4, 1, 2), (1, 1, 4, 5), (2, 5, 3, 1), (0, 2, 3, 4)):
+    for b, h, t, d in ((2, 6, 5, 4), (1, 2, 3, 3), (3, 4, 1, 2), (1, 1, 4, 5), (2, 5, 3, 1), (1, 3, 2, 4)):
         yield (torch.randn(b, h, t, d, generator=rng),)
     yield (torch.randn(2, 3, 7, 2, generator=rng).bfloat16(),)
     yield (torch.randn(2, 4, 3, 5, generator=rng).transpose(1, 2),)
@@ -316,7 +322,6 @@ def _kv_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
         yield torch.randn(b, k, s, d, generator=rng), h
     yield torch.randn(2, 3, 4, 5, generator=rng).bfloat16(), 12
     yield torch.randn(1, 3, 2, 4, generator=rng), 8  # 3 do not go into 8
-    yield torch.randn(1, 4, 3, 2, generator=rng), 2  # nor 4 into 2
 
 
 def _groups(x: Tensor, n_heads: int) -> int:
@@ -339,8 +344,14 @@ REPEAT = Exercise(
               lambda x, n_heads: x.repeat(1, _groups(x, n_heads), 1, 1)),
         Wrong("the heads are tiled, 0 1 0 1, where 0 0 1 1 belongs; and no error says that a number does not fit.",
               lambda x, n_heads: x.repeat(1, n_heads // x.shape[1], 1, 1)),
+        Wrong("query head i reads head i modulo K, 0 1 0 1: neighbouring query heads share one, 0 0 1 1.",
+              lambda x, n_heads: x[:, torch.arange(n_heads) % x.shape[1]]),
         Wrong("where n_heads is not a multiple of the heads that there are, it goes on quietly: raise a ValueError.",
               lambda x, n_heads: x.repeat_interleave(n_heads // x.shape[1], dim=1)),
+        Wrong("where n_heads is not a multiple of the heads that there are, the shapes clash further down: look "
+              "first, and raise a ValueError.",
+              lambda x, n_heads: x[:, :, None].expand(-1, -1, n_heads // x.shape[1], -1, -1).reshape(
+                  x.shape[0], n_heads, x.shape[2], x.shape[3])),
         Wrong("each head is copied n_heads times: n_heads is how many there are in the end.",
               lambda x, n_heads: (_groups(x, n_heads), x.repeat_interleave(n_heads, dim=1))[1]),
         Wrong("the tokens are repeated, not the heads.",
@@ -374,7 +385,7 @@ def _attention_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     for b, h, kv, t, s, d in shapes:
         q = torch.randn(b, h, t, d, generator=rng) * 2
         yield q, torch.randn(b, kv, s, d, generator=rng), torch.randn(b, kv, s, d, generator=rng)
-    q, k = torch.randn(2, 6, 4, 7, generator=rng) * 1e5, torch.randn(2, 2, 4, 7, generator=rng) * 1e5
+    q, k = torch.randn(2, 6, 4, 7, generator=rng) * 1e7, torch.randn(2, 2, 4, 7, generator=rng) * 1e7
     yield q, k, torch.randn(2, 2, 4, 7, generator=rng)
 
 
