@@ -250,7 +250,7 @@ with torch.inference_mode():
     measured_04["even"] = mean_loss(model, batches)
 hook.remove()
 measured_04["head"], measured_04["removed"] = worst, removed[worst]
-measured_04["because"] = "without it a whole voice is gone; looking evenly it still speaks, but says the same to everyone"
+measured_04["because"] = "without it a voice is gone; looking evenly it still speaks, but says the same to everyone"
 # </solution>
 
 # %% tags=["nbval-ignore-output"]
