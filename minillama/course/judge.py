@@ -3,6 +3,7 @@
 Only `run` runs the learner's code; `judge` looks at results, so that they may come from another process.
 """
 
+import contextlib
 import copy
 import math
 import time
@@ -63,10 +64,14 @@ def run(answer: Callable[..., Any], arguments: Sequence[Any]) -> Outcome:
 def run_slow(exercise: Exercise, answer: Callable[..., Any], seed: int = 0) -> float:
     """Seconds that an answer takes for the large input."""
     assert exercise.slow is not None
-    arguments = exercise.slow(generator(exercise, seed))
-    started = time.perf_counter()
-    run(answer, arguments)
-    return time.perf_counter() - started
+    times = []
+    for _ in range(2):  # the better of two: the machine may be busy
+        arguments = copy.deepcopy(exercise.slow(generator(exercise, seed)))
+        started = time.perf_counter()
+        with contextlib.suppress(Exception):  # what it raises, the cases have shown
+            answer(*arguments)
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def equal(got: Any, expected: Any, tolerance: float) -> bool:
@@ -122,7 +127,7 @@ def judge(exercise: Task, outcomes: list[Outcome], seed: int = 0, seconds: float
             if seconds > SLOW * max(own, 1e-3):
                 factor = seconds / max(own, 1e-3)
                 return Verdict(
-                    False, f"right, but {factor:,.0f} times as slow as it can be: no loop in Python is needed."
+                    False, f"right, but {factor:,.0f} times as slow as it can be."
                 )
         return Verdict(True)
     known = [
@@ -168,7 +173,9 @@ def _judge_experiment(exercise: Experiment, outcome: Outcome) -> Verdict:
 
 
 def _difference(got: Outcome, want: Outcome, tolerance: float) -> str:
-    if got.error and not want.error:
+    if got.error and want.error:
+        return f"it raises {got.error}, expected {want.error.partition(':')[0]} to be raised."
+    if got.error:
         return f"it raises {got.error}"
     if want.error and not got.error:
         return f"it returns {_kind(got.value)}, expected {want.error.partition(':')[0]} to be raised."
@@ -251,8 +258,10 @@ def _what_kind(got: Tensor, expected: Tensor, same: Tensor, tolerance: float) ->
         return _shifted(got, expected, 0.0) or _positions(same)
     if got.isnan().any() and not expected.isnan().any():
         return f"; {int(got.isnan().sum())} of {got.numel()} values are not numbers (NaN)"
-    if (got.isinf() & expected.isfinite()).any():
+    if (got.isposinf() & expected.isfinite()).any():
         return "; some values overflow to infinity"
+    if (got.isneginf() & expected.isfinite()).any():
+        return "; some values are minus infinity"
     one, other = got.double(), expected.double()
     clean = other.isfinite() & (other.abs() > _bound(expected, 1e-3))
     if clean.any():

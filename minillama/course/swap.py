@@ -111,4 +111,4 @@ class _Attention:
             mask = parts["mask"](new, total) if "mask" in parts else causal_mask(new, total, q.device)
         scores = scores.masked_fill(~mask, -torch.inf)
         probabilities = parts["softmax"](scores) if "softmax" in parts else scores.softmax(-1)
-        return parts["weighted_sum"](probabilities, v) if "weighted_sum" in parts else probabilities @ v
+        return parts["weighted_sum"](probabilities, v) if "weighted_sum" in parts else probabilities.to(v.dtype) @ v
