@@ -126,9 +126,7 @@ def judge(exercise: Task, outcomes: list[Outcome], seed: int = 0, seconds: float
             own = min(run_slow(exercise, exercise.reference, seed) for _ in range(3))
             if seconds > SLOW * max(own, 1e-3):
                 factor = seconds / max(own, 1e-3)
-                return Verdict(
-                    False, f"right, but {factor:,.0f} times as slow as it can be."
-                )
+                return Verdict(False, f"right, but {factor:,.0f} times as slow as it can be.")
         return Verdict(True)
     known = [
         wrong.message
