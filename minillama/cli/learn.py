@@ -22,7 +22,11 @@ Seconds = Annotated[float, option("Grading", "How long a notebook may run.", min
 
 @app.command(rich_help_panel=PANEL)
 def start(chapter: Chapter) -> None:
-    """Make your copy of a chapter's exercises, in work/. A copy that is there is left alone."""
+    """Make your copy of a chapter's exercises, in work/. A copy that is there is left alone.
+
+    [bold]Examples[/bold]
+      minillama start 04
+    """
     from minillama.course.notebooks import start as copy
 
     path, new = copy(chapter)
@@ -36,6 +40,10 @@ def check(chapter: Chapter, seed: Seed = 0, seconds: Seconds = 120.0) -> None:
     Checks that were changed or deleted are put back first. Your functions run in a
     process of their own, on inputs made from the seed; then the whole notebook runs
     from top to bottom.
+
+    [bold]Examples[/bold]
+      minillama check 04
+      minillama check 04 --seed 7
     """
     from minillama.course import progress
     from minillama.course.grade import Limits, grade
@@ -98,7 +106,11 @@ def _run_notebook(path: Path, chapter: str, seconds: float) -> dict[str, bool]:
 
 @app.command(rich_help_panel=PANEL)
 def hint(number: Number) -> None:
-    """The next hint: a question, then the idea, then the outline. Each next one needs another try."""
+    """The next hint: a question, then the idea, then the outline. Each next one needs another try.
+
+    [bold]Examples[/bold]
+      minillama hint 04.3
+    """
     from minillama.course import hint as give
 
     give(number)
@@ -106,7 +118,11 @@ def hint(number: Number) -> None:
 
 @app.command(rich_help_panel=PANEL)
 def reset(number: Number) -> None:
-    """Give an exercise's empty stub back. What you wrote is kept in a file of its own."""
+    """Give an exercise's empty stub back. What you wrote is kept in a file of its own.
+
+    [bold]Examples[/bold]
+      minillama reset 04.3
+    """
     from minillama.course.notebooks import reset as give_back
 
     print(f"{number} is as it was. What stood there is in {_short(give_back(number))}. Reload the notebook.")
@@ -114,7 +130,11 @@ def reset(number: Number) -> None:
 
 @app.command(rich_help_panel=PANEL)
 def solution(number: Number) -> None:
-    """The solution of an exercise that you have passed, or that your instructor has released."""
+    """The solution of an exercise that you have passed, or that your instructor has released.
+
+    [bold]Examples[/bold]
+      minillama solution 04.3
+    """
     from minillama.course import notebooks, progress
     from minillama.course.exercise import find
 
@@ -129,7 +149,11 @@ def solution(number: Number) -> None:
 
 @app.command(rich_help_panel=PANEL)
 def release(chapter: Chapter) -> None:
-    """For an instructor: let `minillama solution` show a chapter's solutions to all."""
+    """For an instructor: let `minillama solution` show a chapter's solutions to all.
+
+    [bold]Examples[/bold]
+      minillama release 04
+    """
     from minillama.course.notebooks import release as let_go
 
     print(f"Solutions are released for chapters {', '.join(let_go(chapter))}.")
