@@ -1,12 +1,10 @@
-"""What a learner types in a notebook: `check`, `hint`, `case`, `solution`."""
+"""What a learner types in a notebook: `check`, `hint`, `case`."""
 
 from typing import Any
 
 from minillama.course import progress
 from minillama.course.exercise import Exercise, find
 from minillama.course.judge import NOT_ATTEMPTED, Outcome, cases, judge, run, run_slow
-
-TRIES_FOR_SOLUTION = 3
 
 
 class Mistake(AssertionError):

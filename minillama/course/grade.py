@@ -134,7 +134,7 @@ def _run_once(folder: Path, limits: Limits) -> str:
         return f"ran for more than {limits.seconds:g} seconds and was stopped"
     finally:
         _kill(process)
-    if code in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT):
+    if code < 0:
         return f"used more than {limits.memory / 1e9:g} GB of memory, or crashed (signal {-code})"
     return f"ended Python itself (exit code {code})"
 
