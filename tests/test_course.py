@@ -1,5 +1,6 @@
 """The exercises: references pass, known wrong answers are named, nothing is given away, all is up to date."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -169,6 +170,15 @@ def test_every_chapter_with_exercises_has_its_notebooks_and_an_experiment():
     assert [path.name.partition("_")[0] for path in build_exercises.sources()] == catalogue.chapters()
     for chapter in catalogue.chapters():
         assert sum(isinstance(task, Experiment) for task in catalogue.exercises(chapter)) >= 1
+
+
+@pytest.mark.parametrize("task", EXPERIMENTS, ids=lambda task: task.number)
+def test_right_numbers_need_an_explanation_of_a_sentence(task):
+    right = dataclasses.replace(task, verify=lambda measured: "")
+    numbers = dict.fromkeys(task.keys, 1.0)
+    short = judge(right, [Outcome(numbers | {"because": "it is so"})])
+    assert not short.passed and short.message.endswith(f"give 8 words or more, {task.explain}.")
+    assert judge(right, [Outcome(numbers | {"because": "a sentence that says in some words what happened"})]).passed
 
 
 @pytest.mark.parametrize("task", EXPERIMENTS, ids=lambda task: task.number)

@@ -3,7 +3,6 @@
 import copy
 import csv
 import io
-import json
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillama.cli import main
+from minillama.cli import learn, main
 from minillama.course import exchange, notebooks, progress
 from minillama.course.check import Mistake, case, check, hint
 from minillama.course.grade import Limits, grade
@@ -213,6 +212,14 @@ def test_what_passes_only_out_of_order_is_said_so(work, capsys):
     assert "fails when the notebook runs from top to bottom" in first and all(line[0] == "✓" for line in others)
 
 
+def test_a_notebook_that_nbval_cannot_run_is_no_pass(work, capsys, monkeypatch):
+    work.mkdir()
+    (work / SOLUTION.name).write_text(SOLUTION.read_text())
+    monkeypatch.setattr(learn.ElementTree, "parse", lambda path: open(path / "nothing"))
+    assert run("check", "06") == 2
+    assert "could not be run under nbval" in capsys.readouterr().err
+
+
 def test_an_instructor_gets_a_row_for_each_exercise(tmp_path, capsys):
     for who, source in (("ada", SOLUTION), ("ben", LEARNER)):
         (tmp_path / who).mkdir()
@@ -233,15 +240,16 @@ def test_a_solution_is_shown_after_it_was_passed_or_released(work, capsys, tmp_p
     assert run("solution", "06.2") == 0
 
 
-def test_the_unsolved_notebook_fails_under_nbval_in_exactly_its_checks(work, tmp_path):
-    copy_ = tmp_path / LEARNER.name
-    copy_.write_text(LEARNER.read_text())
+def test_unsolved_notebooks_fail_under_nbval_in_exactly_their_checks(work, tmp_path):
+    checks = set()
+    for path in sorted(LEARNER.parent.glob("*.ipynb")):
+        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+        code = [cell for cell in notebooks.read(path)["cells"] if cell["cell_type"] == "code"]
+        checks |= {(path.name, i) for i, cell in enumerate(code) if cell["id"].endswith("-check")}
     command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, f"--rootdir={tmp_path}", copy_], cwd=tmp_path, capture_output=True, text=True)
-    code = [cell for cell in json.loads(copy_.read_text())["cells"] if cell["cell_type"] == "code"]
-    checks = {i for i, cell in enumerate(code) if cell["id"].endswith("-check")}
-    failed = {int(number) for number in re.findall(r"^FAILED .*::Cell (\d+)", done.stdout, re.MULTILINE)}
-    assert failed == checks, done.stdout[-2000:]
+    done = subprocess.run([*command, f"--rootdir={tmp_path}", tmp_path], cwd=tmp_path, capture_output=True, text=True)
+    found = re.findall(r"^FAILED (\S+)::Cell (\d+)", done.stdout, re.MULTILINE)
+    assert {(name, int(number)) for name, number in found} == checks, done.stdout[-2000:]
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()

@@ -54,7 +54,8 @@ class Experiment:
     """Something to predict, take out, measure and explain.
 
     The learner fills a dictionary called `name` with numbers and words under `keys` (key → what it is, with its unit).
-    verify: what is wrong with them, in one sentence, or nothing; it may measure for itself.
+    verify: what is wrong with them, in one sentence, or nothing; it may measure for itself. explain: what the sentence
+    under "because" is to be about ("on …").
     """
 
     number: str
@@ -65,6 +66,7 @@ class Experiment:
     why: str
     keys: dict[str, str]
     verify: Callable[[dict[str, Any]], str]
+    explain: str
     hints: tuple[str, str, str]
 
     part = ""

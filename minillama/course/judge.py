@@ -18,6 +18,7 @@ from torch import Tensor
 from minillama.course.exercise import Exercise, Experiment, Task, generator
 
 SLOW = 25  # times the reference's time; a loop in Python takes a hundred times or more
+WORDS = 8  # of an explanation, at least
 NOT_ATTEMPTED = "not attempted yet."
 
 
@@ -163,6 +164,8 @@ def _judge_experiment(exercise: Experiment, outcome: Outcome) -> Verdict:
         problem = exercise.verify(measured)
     except (TypeError, ValueError, KeyError) as error:
         problem = f"{exercise.name} holds something else than was asked for ({type(error).__name__}: {error})."
+    if not problem and len(str(measured["because"]).split()) < WORDS:
+        problem = f"the explanation is too short: give {WORDS} words or more, {exercise.explain}."
     return Verdict(not problem, problem)
 
 

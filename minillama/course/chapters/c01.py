@@ -549,8 +549,6 @@ def _verify(measured: dict[str, Any]) -> str:
             )
     if not 0 < measured["predicted"] < 100:
         return f"the prediction is {measured['predicted']}, expected Chinese's price, a ratio above 0."
-    if len(str(measured["because"]).split()) < 8:
-        return "the explanation is too short: give eight words or more, on who pays for the pieces that Chinese gets."
     return ""
 
 
@@ -566,6 +564,7 @@ EXPERIMENT = Experiment(
         "because": "a sentence on why",
     },
     verify=_verify,
+    explain="on who pays for the pieces that Chinese gets",
     hints=(
         "A vocabulary has a fixed number of places: what was thrown out, when Chinese got some of them?",
         "Train twice with the same size, and encode the same 100 new stories four times.",

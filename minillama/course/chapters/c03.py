@@ -358,8 +358,6 @@ def _verify(measured: dict[str, Any]) -> str:
             )
     if measured["predicted"] not in ("fast", "slow"):
         return f"the prediction is {measured['predicted']!r}, expected 'fast' or 'slow'."
-    if len(str(measured["because"]).split()) < 8:
-        return "the explanation is too short: give eight words or more, on what a head can no longer tell apart."
     return ""
 
 
@@ -374,6 +372,7 @@ EXPERIMENT = Experiment(
         "because": "a sentence on why",
     },
     verify=_verify,
+    explain="on what a head can no longer tell apart",
     hints=(
         "How many positions does the slowest of the fast hands take for one turn, and how long is a story?",
         "The model keeps its frequencies in model.frequency, (head_dim/2,); a product with a number is a new one.",

@@ -593,8 +593,6 @@ def _verify(measured: dict[str, Any]) -> str:
             return f"{key!r} is not the mean loss on these 20 stories: {how}"
     if not measured["predicted"] > 0:
         return f"the prediction is {measured['predicted']}, expected a loss in nats, above 0."
-    if len(str(measured["because"]).split()) < 8:
-        return "the explanation is too short: give eight words or more, on what was lost in each of the two ways."
     return ""
 
 
@@ -611,6 +609,7 @@ EXPERIMENT = Experiment(
         "because": "a sentence on why",
     },
     verify=_verify,
+    explain="on what was lost in each of the two ways",
     hints=(
         "Through which columns of `wo` does a head speak, and what do the others notice if these are zero?",
         "Eight times: zero one head's columns of `wo` in layer 0, measure, put them back. Then, for the worst, a hook "

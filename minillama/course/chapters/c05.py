@@ -279,8 +279,6 @@ def _verify(measured: dict[str, Any]) -> str:
             return f"{key!r} is not what these 20 stories give: {_SUSPECTS[key]}"
     if not measured["predicted"] > 0:
         return f"the prediction is {measured['predicted']}, expected a loss in nats, above 0."
-    if len(str(measured["because"]).split()) < 8:
-        return "the explanation is too short: give eight words or more, on what the strength of a neuron does not say."
     return ""
 
 
@@ -301,6 +299,7 @@ EXPERIMENT = Experiment(
         "because": "a sentence on why",
     },
     verify=_verify,
+    explain="on what the strength of a neuron does not say",
     hints=(
         "What goes into `down`, and which of its numbers belong to one neuron?",
         "A forward pre-hook on the last layer's `down` sees (B, T, 384) numbers; average their absolute values over "

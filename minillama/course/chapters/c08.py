@@ -350,8 +350,6 @@ def _verify(measured: dict[str, Any]) -> str:
             )
     if not 0 < measured["predicted"] < 100:
         return f"the prediction is {measured['predicted']}, expected the factor with the lowest loss, above 0."
-    if len(str(measured["because"]).split()) < 8:
-        return "the explanation is too short: give eight words or more, on what the loss punishes at either side."
     return ""
 
 
@@ -366,6 +364,7 @@ EXPERIMENT = Experiment(
         "because": "a sentence on why",
     },
     verify=_verify,
+    explain="on what the loss punishes at either side",
     hints=(
         "What happens to a probability of 0.5 when the logits are doubled, and what if that token then does not come?",
         "One pass over each batch gives the logits; multiply them, and take the loss of each version.",

@@ -626,8 +626,6 @@ def _verify(measured: dict[str, Any]) -> str:
             )
     if not 0 < measured["predicted"] < 20:
         return f"the prediction is {measured['predicted']}, expected a loss in nats, above 0."
-    if len(str(measured["because"]).split()) < 8:
-        return "the explanation is too short: give eight words or more, on how long the first steps are."
     return ""
 
 
@@ -643,6 +641,7 @@ EXPERIMENT = Experiment(
         "because": "a sentence on why",
     },
     verify=_verify,
+    explain="on how long the first steps are",
     hints=(
         "With a beta2 of 0.999, how much of the squared gradient is in the uncorrected v after one step?",
         "You need no second AdamW: at which step number do both corrections become 1?",

@@ -630,8 +630,6 @@ def _verify(measured: dict[str, Any]) -> str:
             "'hottest' does not follow from your shares: it is the highest of the four temperatures whose share is at "
             "least three quarters of that at 1."
         )
-    if len(str(measured["because"]).split()) < 8:
-        return "the explanation is too short: give eight words or more, on what min-p keeps when it gets hotter."
     return ""
 
 
@@ -645,6 +643,7 @@ EXPERIMENT = Experiment(
         "because": "a sentence on why",
     },
     verify=_verify,
+    explain="on what min-p keeps when it gets hotter",
     hints=(
         "At temperature 3, a token with a hundredth of the best one's probability comes to have which part of it?",
         "One call of generate tells all stories of a temperature; world.log_prob raises world.Fault for a wrong one.",
