@@ -14,8 +14,8 @@ import typer
 from minillama.cli.app import app, complain, option
 
 PANEL = "Exercises"
-Number = Annotated[str, typer.Argument(help="An exercise, as in 04.3.")]
-Chapter = Annotated[str, typer.Argument(help="A chapter, as in 04.")]
+Number = Annotated[str, typer.Argument(help="An exercise, as in 04.3 or clinic.9.")]
+Chapter = Annotated[str, typer.Argument(help="A chapter, as in 04, or clinic.")]
 Seed = Annotated[int, option("Grading", "Other seed, other inputs.")]
 Seconds = Annotated[float, option("Grading", "How long a notebook may run.", min=1)]
 

@@ -22,7 +22,7 @@ class Wrong:
 class Exercise:
     """A function to write.
 
-    number, title: as in "04.3 causal mask". name: what it is called in the notebook.
+    number, title: as in "04.3 causal mask" or "clinic.12 norm". name: what it is called in the notebook.
     minutes, difficulty (1 to 5), why: for the box above it.
     reference: the right answer. cases: from a seeded generator, the arguments of each call: asymmetric sizes, large
     values, bf16, empty and of length one where that makes sense; never a function, since they may cross processes.
@@ -78,15 +78,16 @@ _FOLDER = Path(__file__).parent / "chapters"
 
 
 def chapters() -> list[str]:
-    """The chapters that have exercises: "01", "02", …"""
-    return sorted(path.stem[1:] for path in _FOLDER.glob("c[0-9]*.py"))
+    """The chapters that have exercises: "01", "02", …, and at the end "clinic"."""
+    return [*sorted(path.stem[1:] for path in _FOLDER.glob("c[0-9]*.py")), "clinic"]
 
 
 def exercises(chapter: str) -> list[Task]:
     """The exercises of a chapter, in order. Raises ValueError if it has none."""
     if chapter not in chapters():
         raise ValueError(f"there are no exercises for chapter {chapter!r}, expected one of {', '.join(chapters())}.")
-    return list(importlib.import_module(f"minillama.course.chapters.c{chapter}").EXERCISES)
+    module = chapter if chapter == "clinic" else f"c{chapter}"
+    return list(importlib.import_module(f"minillama.course.chapters.{module}").EXERCISES)
 
 
 def find(number: str) -> Task:
@@ -102,4 +103,5 @@ def find(number: str) -> Task:
 
 def generator(exercise: Task, seed: int) -> torch.Generator:
     """Randomness for an exercise's inputs: another seed, other inputs."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + int(exercise.number.replace(".", "")))
+    digits = "".join(filter(str.isdecimal, exercise.number))
+    return torch.Generator().manual_seed(seed * 1_000_003 + int(digits))

@@ -80,7 +80,7 @@ def _inputs(task: Exercise, seed: int) -> list[tuple[Any, ...]]:
 def _pristine() -> tempfile.TemporaryDirectory:
     """What a learner's cells need, as it was before the first of them ran: the package without references, the toy."""
     kept = tempfile.TemporaryDirectory(prefix="minillama-course-")
-    leave_out = shutil.ignore_patterns("__pycache__", "c[0-9]*.py")
+    leave_out = shutil.ignore_patterns("__pycache__", "chapters")
     shutil.copytree(REPOSITORY / "minillama", Path(kept.name) / "minillama", ignore=leave_out)
     shutil.copytree(REPOSITORY / "data" / "toy", Path(kept.name) / "data" / "toy")
     return kept

@@ -109,7 +109,7 @@ def _guard(name: str, active: set[str]) -> None:
 def _quiet_course() -> types.ModuleType:
     """`minillama.course` for a learner's cells: all its names are there, and none of them does anything."""
     course = types.ModuleType("minillama.course")
-    for name in ("check", "hint", "case", "report"):
+    for name in ("check", "hint", "case", "report", "chart", "samples", "treat"):
         setattr(course, name, lambda *arguments, **options: "")
     course.swap_in = lambda model, **parts: model  # type: ignore[attr-defined]
     course.Mistake = AssertionError  # type: ignore[attr-defined]

@@ -7,6 +7,8 @@ A source, `exercises/source/NN_topic.py`, is a script in the percent format with
     # <solution>
     # </solution>
 
+In the clinic, code that is to be repaired stands before it, between `# <broken>` and `# </broken>`.
+
 The learner's notebook has a stub where the solution was, the solution notebook (`exercises/solutions/`) is whole. The
 box gets its head (title, minutes, difficulty, why) and each function its check from `minillama/course/chapters/`.
 """
@@ -25,6 +27,7 @@ from tests.notebooks.normalise import execute, normalise, write
 
 FOLDER = Path(__file__).resolve().parents[2] / "exercises"
 SOLUTION = re.compile(r"^([ \t]*)# <solution>\n(.*?)^[ \t]*# </solution>\n?", re.MULTILINE | re.DOTALL)
+BROKEN = re.compile(r"^[ \t]*# <broken>\n(.*?)^[ \t]*# </broken>\n?", re.MULTILINE | re.DOTALL)
 
 
 def sources() -> list[Path]:
@@ -33,11 +36,9 @@ def sources() -> list[Path]:
 
 def box(exercise: Task, text: str) -> str:
     """The text cell above an exercise."""
-    what = (
-        f"**Write** `{exercise.name}`"
-        if isinstance(exercise, Exercise)
-        else f"**Measure**, and fill in `{exercise.name}`"
-    )
+    write, measure = ("Repair", "Diagnose") if exercise.number.startswith("clinic") else ("Write", "Measure")
+    function = isinstance(exercise, Exercise)
+    what = f"**{write}** `{exercise.name}`" if function else f"**{measure}**, and fill in `{exercise.name}`"
     stars = "●" * exercise.difficulty + "○" * (5 - exercise.difficulty)
     return (
         f"## {exercise.number} {exercise.title}\n\n"
@@ -48,15 +49,18 @@ def box(exercise: Task, text: str) -> str:
 
 
 def stub(source: str, exercise: Task) -> str:
-    """The cell without its solution: a function says that it is not written; an experiment's dictionary stays empty."""
+    """The cell without its solution: a function says that it is not written, or stays broken; an experiment's
+    dictionary stays empty."""
     assert SOLUTION.search(source), f"{exercise.number} has no # <solution> … # </solution>"
+    if BROKEN.search(source):
+        return BROKEN.sub(lambda found: found[1], SOLUTION.sub("", source)).rstrip("\n")
     instead = f'raise NotImplementedError("{exercise.number}")\n' if isinstance(exercise, Exercise) else ""
     return SOLUTION.sub(lambda found: found[1] + instead if instead else "", source).rstrip("\n")
 
 
 def whole(source: str) -> str:
     """A function with its solution, without the marks."""
-    return SOLUTION.sub(lambda found: found[2], source).rstrip("\n")
+    return SOLUTION.sub(lambda found: found[2], BROKEN.sub("", source)).rstrip("\n")
 
 
 def build(path: Path) -> tuple[NotebookNode, NotebookNode]:

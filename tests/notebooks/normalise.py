@@ -21,7 +21,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("chapters", "exercises", "exercises/solutions")
-EXERCISE_ID = re.compile(r"\w\w-\w+-(box|stub|check)")
+EXERCISE_ID = re.compile(r"\w+-\d+-(box|stub|check)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SECONDS_PER_CELL = 600
 
