@@ -147,7 +147,7 @@ def _tell(model: Llama, tokenizer: Tokenizer, parts: Parts, count: int = 3) -> l
     """Stories at temperature 0.8, a token at a time, with a cache."""
     generator = torch.Generator().manual_seed(1)
     cache = KVCache(model.config, count, 151)
-    tokens, told = torch.full((count, 1), tokenizer.bos_id), []
+    tokens, told = torch.full((count, 1), tokenizer.bos_id or 0), []
     for cached in range(150):
         cache.advance(1)
         turn = rotation(model.frequency, parts["positions"](cached, 1))
