@@ -37,7 +37,8 @@ from minillama.course import case, chart, check, hint, report, samples, treat
 # Six panels: the **loss** of each batch (mean of five steps) and on stories that are held out, with the floor, below
 # which nothing can get on new stories; the length of the **gradient** before clipping; the **learning rate**; how far
 # four kinds of **weights** are from their random beginning; the size (root mean square) of the residual **stream**
-# before the first block (0) and after each of the three, in the first and in the last step.
+# before the first block (0) and after each of the three, in the first and in the last step. In the patients' charts,
+# grey is this healthy run.
 
 # %% tags=["nbval-ignore-output"]
 chart("healthy")
@@ -50,10 +51,10 @@ print(samples("healthy"))
 # no illness, it is youth.
 #
 # Write for each patient which disease it has, by its name in the list, and why: what shows it, and what speaks against
-# the disease that looks most like it. Every disease occurs once.
+# the disease that looks most like it, in eight words or more.
 
 # %% [markdown] exercise="clinic.1"
-# The first patient learned for 500 steps.
+# Patient A: 500 steps, no error message.
 
 # %% tags=["nbval-ignore-output"]
 print(samples("A"))
@@ -70,7 +71,7 @@ patient_a["because"] = "the bar of the embedding is zero, while attention and fe
 # </solution>
 
 # %% [markdown] exercise="clinic.2"
-# The second patient had a small file. Its owner is very happy with the curve.
+# Patient B: its owner is very happy with the curve.
 
 # %% tags=["nbval-ignore-output"]
 print(samples("B"))
@@ -84,7 +85,7 @@ patient_b["because"] = "both losses are below the floor, and unlike with a leake
 # </solution>
 
 # %% [markdown] exercise="clinic.3"
-# The third patient arrives late.
+# Patient C.
 
 # %% tags=["nbval-ignore-output"]
 print(samples("C"))
@@ -98,7 +99,7 @@ patient_c["because"] = "the learning rate begins at its peak and the loss stands
 # </solution>
 
 # %% [markdown] exercise="clinic.4"
-# The fourth patient was sent home as healthy, and came back.
+# Patient D was sent home as healthy once, and came back.
 
 # %% tags=["nbval-ignore-output"]
 print(samples("D"))
@@ -112,7 +113,7 @@ patient_d["because"] = "every curve is the healthy one and above the floor, so o
 # </solution>
 
 # %% [markdown] exercise="clinic.5"
-# The fifth patient set a record.
+# Patient E holds the record.
 
 # %% tags=["nbval-ignore-output"]
 print(samples("E"))
@@ -126,7 +127,7 @@ patient_e["because"] = "it is below the floor on new stories, which no honest mo
 # </solution>
 
 # %% [markdown] exercise="clinic.6"
-# The sixth patient is startled now and then.
+# Patient F.
 
 # %% tags=["nbval-ignore-output"]
 print(samples("F"))
@@ -140,7 +141,7 @@ patient_f["because"] = "the training loss jumps, its gradient too, and validatio
 # </solution>
 
 # %% [markdown] exercise="clinic.7"
-# The seventh patient did not last long.
+# Patient G.
 
 # %% tags=["nbval-ignore-output"]
 print(samples("G"))
@@ -154,7 +155,7 @@ patient_g["because"] = "in its last step the stream grows by powers of ten from 
 # </solution>
 
 # %% [markdown] exercise="clinic.8"
-# The eighth patient speaks in telegrams.
+# Patient H: "Is it not almost as good?" asks its owner.
 
 # %% tags=["nbval-ignore-output"]
 print(samples("H"))
@@ -352,7 +353,7 @@ def visible(story: Tensor) -> Tensor:
 # - Two patients were **below the floor**, and neither was well. In the toy world the floor is known, so "too good" is
 #   visible. On real text nobody knows the floor: there, the samples are what tells them apart, and where a held-out
 #   text comes from must be proved, not believed.
-# - Two had **no sign in any curve** that a user of the trainer would have looked at twice (D and H). Read samples.
+# - Two had **no sign in any curve** that you would look at twice without a healthy run beside it (D and H). Read samples.
 # - When you treat B, its validation loss gets *worse*: it was always that bad, and now you see it.
 # - One is a matter of the optimizer: with Muon for the matrices and blocks that begin at zero, this model trains as
 #   well without a warm-up. AdamW's first steps, each as long as the learning rate allows, are what needs it.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STEPS, PEAK, WARMUP, STORIES = 500, 1e-2, 50, 16
+GREY = "#BBBBBB"
 _CHARTS = Path(__file__).parents[2] / "data" / "clinic.json"
 Parts = dict[str, Callable[..., Any]]
 
@@ -176,23 +177,29 @@ def chart(patient: str, treated: dict[str, Any] | None = None) -> Picture:
     """A patient's chart: `chart("A")`; `chart("healthy")` to compare with. `treated`: what `treat` gave."""
     import matplotlib.pyplot as plt
 
-    sick = _read(patient)
+    sick, healthy = _read(patient), _read("healthy")
     figure, axes = plt.subplot_mosaic(
         [["loss", "loss", "gradient"], ["rate", "moved", "stream"]], figsize=(10, 5.2), layout="constrained"
     )
     figure.suptitle(f"Patient {patient}" if patient != "healthy" else "A healthy run")
-    _draw_losses(axes["loss"], sick, treated)
+    _draw_losses(axes["loss"], sick, healthy, treated)
     for name, title in (("gradient", "Length of the gradient"), ("rate", "Learning rate")):
+        axes[name].plot(healthy[name], color=GREY)
         axes[name].plot(sick[name], color="#0072B2")
         axes[name].set(title=title, xlabel="step", xlim=(-10, STEPS + 10))
     axes["gradient"].set_yscale("log")
-    axes["moved"].bar(list(sick["moved"]), list(sick["moved"].values()), color="#0072B2")
+    axes["moved"].bar(list(healthy["moved"]), list(healthy["moved"].values()), width=0.9, color=GREY)
+    axes["moved"].bar(list(sick["moved"]), list(sick["moved"].values()), width=0.5, color="#0072B2")
     axes["moved"].set(title="How far the weights moved", ylabel="root mean square")
     axes["moved"].tick_params(axis="x", labelrotation=20)
-    for sizes, label, colour in ((sick["stream"][0], "first step", "#E69F00"), (sick["stream"][-1], "last", "#0072B2")):
-        axes["stream"].plot(range(len(sizes)), [max(size, 1e-9) for size in sizes], "o-", label=label, color=colour)
+    for sizes, label, colour in (
+        (healthy["stream"][-1], "healthy, last", GREY),
+        (sick["stream"][0], "first step", "#E69F00"),
+        (sick["stream"][-1], "last step", "#0072B2"),
+    ):
+        axes["stream"].plot(range(len(sizes)), sizes, "o-", label=label, color=colour)
     axes["stream"].set(title="Size of the stream", xlabel="after block", yscale="log", xticks=range(len(sizes)))
-    axes["stream"].legend()
+    axes["stream"].legend(fontsize=8)
     return picture(figure, alt=_in_words(patient, sick))
 
 
@@ -206,7 +213,10 @@ def _in_words(patient: str, sick: dict[str, Any]) -> str:
     )
 
 
-def _draw_losses(axes: "Axes", sick: dict[str, Any], treated: dict[str, Any] | None) -> None:
+def _draw_losses(
+    axes: "Axes", sick: dict[str, Any], healthy: dict[str, Any], treated: dict[str, Any] | None
+) -> None:
+    axes.plot(_smooth(healthy["loss"]), color=GREY, label="training loss, healthy")
     axes.plot(_smooth(sick["loss"]), color="#0072B2", label="training loss")
     axes.plot(*zip(*sick["validation"], strict=True), "o--", ms=3, color="#D55E00", label="validation loss")
     if treated:
@@ -219,6 +229,8 @@ def _draw_losses(axes: "Axes", sick: dict[str, Any], treated: dict[str, Any] | N
     ticks = [0.1, 0.2, 0.5, 1, 2, 5] if min(sick["loss"]) > 0.05 else [0.001, 0.01, 0.1, 1, 5]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
+    if len(sick["loss"]) < STEPS:
+        axes.text(len(sick["loss"]) + 5, sick["loss"][-1], "not a number from here on", va="center")
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
 
 

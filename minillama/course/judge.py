@@ -18,7 +18,7 @@ from torch import Tensor
 from minillama.course.exercise import Exercise, Experiment, Task, generator
 
 SLOW = 25  # times the reference's time; a loop in Python takes a hundred times or more
-WORDS = 8  # of an explanation, at least
+WORDS = 8  # of an explanation, at least, and different ones
 NOT_ATTEMPTED = "not attempted yet."
 
 
@@ -160,12 +160,12 @@ def _judge_experiment(exercise: Experiment, outcome: Outcome) -> Verdict:
             return Verdict(False, f"{exercise.name}[{key!r}] is missing, expected {what}.")
         if isinstance(value, float) and not math.isfinite(value):
             return Verdict(False, f"{exercise.name}[{key!r}] is {value}, expected {what}.")
+    if len(set(str(measured["because"]).lower().split())) < WORDS:  # first, so that it says nothing about the rest
+        return Verdict(False, f"the explanation is too short: give {WORDS} words or more, {exercise.explain}.")
     try:
         problem = exercise.verify(measured)
     except (TypeError, ValueError, KeyError) as error:
         problem = f"{exercise.name} holds something else than was asked for ({type(error).__name__}: {error})."
-    if not problem and len(str(measured["because"]).split()) < WORDS:
-        problem = f"the explanation is too short: give {WORDS} words or more, {exercise.explain}."
     return Verdict(not problem, problem)
 
 

@@ -119,19 +119,19 @@ PATIENTS = {
 DISEASES = {
     "leaked future": ("visible", "the loss would go below the floor on new stories too, and the samples would be "
                       "nonsense, since what it leans on is not there when it writes"),
-    "double shift": ("loss", "the curves would look calm but stay far above the healthy run's, and the samples would "
-                     "leave words out, every second one"),
-    "no warm-up": ("learning_rate", "the learning rate would begin at its peak, and the loss would stand still at a "
-                   "high level for the first hundred steps or so"),
-    "exploding norm": ("norm", "the size of the stream would grow by powers of ten from block to block, until nothing "
-                       "is a number any more"),
+    "double shift": ("loss", "the curves would look calm and end somewhat above the healthy run's, and the samples "
+                     "would leave out every second word of the sentences that you know"),
+    "no warm-up": ("learning_rate", "the learning rate would begin at its peak, and the loss would fall at once and "
+                   "then stand nearly still while the healthy run passes it"),
+    "exploding norm": ("norm", "the size of the stream would reach a number with more than ten digits within one step, "
+                       "and the run would end early in something that is not a number"),
     "frozen embedding": ("optimizer_groups", "one of the bars of how far the weights moved would be zero"),
     "wrong RoPE at generation": ("positions", "all curves would be those of a healthy run, and only the samples would "
                                  "be ill"),
     "data order": ("batch_order", "the training loss would jump up now and then, its gradient with it, and the "
                    "validation loss would lag behind"),
-    "train/validation mix-up": ("split", "training and validation loss would go below the floor together, and the "
-                                "samples would be stretches of stories that it knows by heart"),
+    "train/validation mix-up": ("split", "training and validation loss would both go below the floor, and the samples "
+                                "would still be stories, in scraps"),
 }  # fmt: skip
 
 
@@ -139,9 +139,10 @@ def diagnosis(number: int, patient: str, why: str, hints: tuple[str, str, str]) 
     fault = PATIENTS[patient][0]
 
     def verify(measured: dict[str, Any]) -> str:
-        said = measured["disease"]
-        if said not in DISEASES:
-            return f"the disease is {said!r:.40}, expected one of {', '.join(DISEASES)}."
+        known = {name.lower(): name for name in DISEASES}
+        said = known.get(str(measured["disease"]).strip().lower())
+        if said is None:
+            return f"the disease is {measured['disease']!r:.40}, expected one of {', '.join(DISEASES)}."
         part, would_show = DISEASES[said]
         return "" if part == fault else f"with {said}, {would_show}: that is not what this chart shows."
 
@@ -160,8 +161,8 @@ DIAGNOSES = [
         "Compare the four bars: one kind of weight stands where the random numbers put it.")),
     diagnosis(2, "B", "The curve that everybody wishes for is sometimes the surest sign of illness.", (
         "Can a model of this world be better than the floor on stories that it has not seen?",
-        "Two diseases pass below the floor. The samples tell them apart: does it write well, or not?",
-        "Ask where the stories that it is tested on come from, if it knows them so well and can also write.")),
+        "Two diseases pass below the floor. The samples tell them apart: are they scraps of stories, or nonsense?",
+        "Ask where the stories that it is tested on come from, if it knows whole stretches of them.")),
     diagnosis(3, "C", "What happens in the first steps can cost a hundred later ones.", (
         "Where does this run lose its time, at the beginning, in the middle or at the end?",
         "Compare the first fifty steps of two panels with the healthy run's.",
@@ -177,7 +178,7 @@ DIAGNOSES = [
     diagnosis(6, "F", "A training loss alone can look like progress.", (
         "What do training and validation loss do at the same moments?",
         "Where the training loss jumps, the stories suddenly become of another kind; ask why they change all at once.",
-        "Jumps in one curve and not in the other: ask in which order the stories come.")),
+        "Jumps in one curve and not in the other, and openings that are broken: ask in which order the stories come.")),
     diagnosis(7, "G", "When a run ends in something that is not a number, the steps before it say why.", (
         "How many steps did it make?",
         "Look at what happens to the size of the stream from block to block in its last step.",
@@ -211,7 +212,7 @@ def with_replacement(stories: int, epoch: int, seed: int) -> list[int]:
 
 def rate_cases(g: Generator) -> Iterable[tuple[Any, ...]]:
     peak = 0.001 + 0.01 * torch.rand((), generator=g).item()
-    steps = [0, 1, 8, 9, 10, 11, 57, 99]
+    steps = [0, 1, 8, 9, 10, 57, 11, 99]
     return [(step, 100, peak, 10) for step in steps] + [(0, 7, 1.0, 0), (3, 7, 1.0, 0), (1, 40, 0.5, 20)]
 
 
@@ -221,6 +222,18 @@ def first_step_lost(step: int, steps: int, peak: float, warmup: int) -> float:
 
 def a_jump_after_it(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (step + 1) / warmup if step < warmup else from_the_top(step, steps, peak, warmup)
+
+
+def above_the_peak(step: int, steps: int, peak: float, warmup: int) -> float:
+    return peak * (step + 1) / warmup if 0 < warmup == step else learning_rate(step, steps, peak, warmup)
+
+
+def straight_down(step: int, steps: int, peak: float, warmup: int) -> float:
+    return learning_rate(step, steps, peak, warmup) if step < warmup else peak * (steps - step) / (steps - warmup)
+
+
+def over_all_steps(step: int, steps: int, peak: float, warmup: int) -> float:
+    return learning_rate(step, steps, peak, warmup) if step < warmup else from_the_top(step - warmup, steps, peak, 0)
 
 
 def one_behind(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -279,8 +292,9 @@ def group_cases(g: Generator) -> Iterable[tuple[Any, ...]]:
     inner = [(f"blocks.{i}.{name}", dim) for i in range(2) for name, dim in block]
     tied = [("embedding.weight", 2), *inner, ("norm.weight", 1)]
     mixed = [inner[i] for i in torch.randperm(len(inner), generator=g)]
+    odd = [("blocks.0.gain", 1), ("table", 2), ("relative_bias_table", 2), ("norms.mixing", 2), ("kernel", 4)]
     out = []
-    for pairs in (tied, [*tied, ("output.weight", 2)], [("norm.weight", 1), *mixed], [("table", 2), ("kernel", 4)], []):
+    for pairs in (tied, [*tied, ("output.weight", 2)], [("norm.weight", 1), *mixed], odd, []):
         out.append(([name for name, _ in pairs], [dim for _, dim in pairs]))
     return out
 
@@ -297,6 +311,11 @@ def table_in_both(names: list[str], dims: list[int]) -> tuple[list[str], list[st
 def table_not_decayed(names: list[str], dims: list[int]) -> tuple[list[str], list[str]]:
     matrices, _ = without_the_table(names, dims)
     return matrices, [name for name in names if name not in matrices]
+
+
+def by_name(names: list[str], dims: list[int]) -> tuple[list[str], list[str]]:
+    vectors = [name for name in names if "norm" in name or "bias" in name]
+    return [name for name in names if name not in vectors], vectors
 
 
 def position_cases(g: Generator) -> Iterable[tuple[Any, ...]]:
@@ -321,7 +340,37 @@ def split_cases(g: Generator) -> Iterable[tuple[Any, ...]]:
     few = [f"story {int(i)}" for i in torch.randint(12, (30,), generator=g)]
     many = [f"{int(i)} times" for i in torch.randint(1000, (90,), generator=g)] * 2
     uneven = ["the same"] * 20 + [f"other {i}" for i in range(9)]
-    return [(few, 0.25, seed), (many, 0.1, seed), (uneven, 0.3, seed + 1), (["a", "b", "c", "d"], 0.01, 3)]
+    nine = [f"line {i}" for i in (5, 2, 8, 1, 7, 3, 9, 4, 6)]  # 0.3 of nine is 2.7
+    return [(few, 0.25, seed), (nine, 0.3, seed), (many, 0.1, seed), (uneven, 0.3, seed + 1), (list("abcd"), 0.01, 3)]
+
+
+def held_out_first(
+    texts: list[str], distinct: list[str], count: int, seed: int, shuffle: bool = True
+) -> tuple[list[int], list[int]]:
+    """The split that holds out the first `count` of these different texts, after a shuffle."""
+    distinct = list(distinct)
+    if shuffle:
+        random.Random(seed).shuffle(distinct)
+    held_out = set(distinct[: max(1, count)])
+    numbered = list(enumerate(texts))
+    return [i for i, text in numbered if text not in held_out], [i for i, text in numbered if text in held_out]
+
+
+def cut_off(texts: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    return held_out_first(texts, sorted(set(texts)), int(share * len(set(texts))), seed)
+
+
+def share_of_the_lines(texts: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    return held_out_first(texts, sorted(set(texts)), round(share * len(texts)), seed)
+
+
+def as_they_come(texts: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    return held_out_first(texts, list(dict.fromkeys(texts)), round(share * len(set(texts))), seed)
+
+
+def sides_swapped(texts: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    training, held_out = split(texts, share, seed)
+    return held_out, training
 
 
 def trained_on_all(texts: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -335,10 +384,7 @@ def copies_dropped(texts: list[str], share: float, seed: int) -> tuple[list[int]
 
 
 def not_shuffled(texts: list[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    distinct = sorted(set(texts))
-    held_out = set(distinct[: max(1, round(share * len(distinct)))])
-    numbered = list(enumerate(texts))
-    return [i for i, text in numbered if text not in held_out], [i for i, text in numbered if text in held_out]
+    return held_out_first(texts, sorted(set(texts)), round(share * len(set(texts))), seed, shuffle=False)
 
 
 def visible_cases(g: Generator) -> Iterable[tuple[Any, ...]]:
@@ -393,6 +439,11 @@ REPAIRS = [
             Wrong("at the end of the warm-up the rate jumps down: the cosine has to begin there, not at step 0.",
                   a_jump_after_it),
             Wrong("after the warm-up the cosine is one step ahead: its first step has the peak itself.", one_behind),
+            Wrong("the step after the warm-up is still on the line, and above the peak: the cosine begins with step "
+                  "`warmup`.", above_the_peak),
+            Wrong("after the warm-up it falls in a straight line, not along half a cosine.", straight_down),
+            Wrong("it does not reach zero at the end: the cosine has only the steps that are left after the warm-up.",
+                  over_all_steps),
         ),
         hints=(
             "Which argument of the function is not used?",
@@ -445,6 +496,8 @@ REPAIRS = [
             Wrong("the embedding is in both groups: PyTorch refuses that, and it would be changed twice.",
                   table_in_both),
             Wrong("tables are matrices too: they belong to those that are decayed.", table_not_decayed),
+            Wrong("it goes by \"norm\" and \"bias\" in the names, and names can be anything: the number of dimensions "
+                  "decides.", by_name),
         ),
         hints=(
             "Is every name of the input in one of the two lists, whatever it is called?",
@@ -470,7 +523,7 @@ REPAIRS = [
         ),
     ),
     Exercise(
-        number="clinic.15", title="split", name="split", minutes=12, difficulty=3,
+        number="clinic.15", title="split", name="split", minutes=12, difficulty=2,
         why="A test on what was learned by heart measures memory, and it is the best-looking curve of all.",
         reference=split, cases=split_cases, tolerance=0.0,
         wrong=(
@@ -479,6 +532,10 @@ REPAIRS = [
             Wrong("some lines are in neither list: copies stay, but together, all on one side.", copies_dropped),
             Wrong("the seed makes no difference, and what is held out is the first in the alphabet: shuffle.",
                   not_shuffled),
+            Wrong("the number to hold out is cut off, not rounded to the nearest.", cut_off),
+            Wrong("the share is taken of the lines: it is the share of the different texts.", share_of_the_lines),
+            Wrong("the different texts are shuffled in the order in which they come: sort them first.", as_they_come),
+            Wrong("the two lists are swapped: first the lines for training, then those held out.", sides_swapped),
         ),
         hints=(
             "What happens to the two copies of a story that stands in the file twice?",
