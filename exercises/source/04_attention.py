@@ -110,8 +110,8 @@ def split_heads(x: Tensor, n_heads: int) -> Tensor:
 
 
 # %% [markdown] exercise="04.6"
-# `merge_heads(x)`: x (B, H, T, D) → (B, T, H·D), so that `merge_heads(split_heads(x, n_heads))` is x again. Whatever way
-# the numbers of x lie in memory.
+# `merge_heads(x)`: x (B, H, T, D) → (B, T, H·D), so that `merge_heads(split_heads(x, n_heads))` is x again. x need not
+# lie in memory in one piece (its `is_contiguous()` may be False).
 #
 # For example `[[[[1, 2], [5, 6]], [[3, 4], [7, 8]]]]` becomes `[[[1, 2, 3, 4], [5, 6, 7, 8]]]`.
 
@@ -175,8 +175,10 @@ except NotImplementedError as missing:
 # %% [markdown] exercise="04.9"
 # `online_softmax(q, k, v, block)`: q (H, T, D), k and v (H, S, D) → a pair. First the result (H, T, D) of causal attention,
 # the T new tokens being the last of the S. Second what shows that you walked: the sum ℓ of every query after each block of
-# keys, against the largest score that it has seen until then, (number of blocks, H, T). Blocks are `block` keys long, the
-# last one may be shorter. Loop over blocks only, not over heads or queries.
+# keys, against the largest score that it has seen until then, (number of blocks, H, T). Hidden keys are not seen: they enter
+# neither maximum nor sum, and a block that lies wholly in a query's future leaves its sum as it was. All in fp32. Blocks are
+# `block` keys long, the last one may be shorter. Loop over blocks only, not over heads or queries, and never hold the scores
+# of more than one block.
 #
 # For example one query with two keys whose scores are 0 and 0, and block = 1: the sums are `[[[1.]], [[2.]]]`. Are the
 # scores 0 and ln 2, they are `[[[1.]], [[1.5]]]`.

@@ -75,12 +75,16 @@ def _softmax_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     wholly = torch.randn(4, 6, generator=rng)
     wholly[1], wholly[2, :4] = -torch.inf, -torch.inf
     far = torch.randn(3, 5, generator=rng) + torch.tensor([[0.0], [-500.0], [700.0]])
+    lowest = torch.randn(2, 3, 4, generator=rng) * 3
+    lowest[0, 1] -= 2e10  # below any number that stands for minus infinity elsewhere
+    lowest[..., 2:] = -torch.inf
     return [
         (torch.randn(2, 6, 3, 7, generator=rng),),
         (far,),
         (torch.randn(3, 4, generator=rng) * 1e4,),
         (partly,),
         (wholly,),
+        (lowest,),
         (torch.randn(5, generator=rng) - 1e10,),
         (torch.randn(1, generator=rng),),
         (torch.randn(0, 4, generator=rng),),
@@ -89,8 +93,16 @@ def _softmax_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
 
 def _stubborn(scores: Tensor) -> Tensor:
     """Softmax that takes the largest of all rows away from all."""
-    powers = (scores - scores.max()).exp()
+    return _shares(scores, scores.max())
+
+
+def _shares(scores: Tensor, largest: Tensor) -> Tensor:
+    powers = (scores - largest).exp()
     return powers / powers.sum(-1, keepdim=True)
+
+
+def _filled(scores: Tensor, number: float) -> Tensor:
+    return scores.masked_fill(scores.isneginf(), number)
 
 
 SOFTMAX = Exercise(
@@ -107,6 +119,21 @@ SOFTMAX = Exercise(
               lambda scores: torch.softmax(scores, -2)),
         Wrong("the largest of the whole tensor is taken away: in rows far below it every exponential vanishes.",
               _stubborn),
+        Wrong("the largest of the whole tensor is taken away: rows far below it come out as 0, as if all were hidden.",
+              lambda scores: _stubborn(scores).nan_to_num(0.0)),
+        Wrong("what is taken away is never below 0: the powers of rows far below zero vanish, and so do their shares.",
+              lambda scores: _shares(scores, scores.amax(-1, keepdim=True).clamp_min(0.0)).nan_to_num(0.0)),
+        Wrong("what is taken away is kept above a finite number, and a row can lie far below it: its shares vanish.",
+              lambda scores: _shares(scores, scores.amax(-1, keepdim=True).clamp_min(-1e9)).nan_to_num(0.0)),
+        Wrong("the hidden scores enter the maximum as 0 or another number: where all visible ones are far below it, "
+              "their shares vanish.",
+              lambda scores: _shares(scores, _filled(scores, 0.0).amax(-1, keepdim=True)).nan_to_num(0.0)),
+        Wrong("hidden scores are set to a finite number: where all visible ones lie lower still, the hidden get the "
+              "shares.",
+              lambda scores: torch.softmax(_filled(scores, -1e9), -1) * ~scores.isneginf().all(-1, keepdim=True)),
+        Wrong("hidden scores are set to a finite number: a row of nothing else is shared out evenly, and scores that "
+              "lie lower still are beaten by it.",
+              lambda scores: torch.softmax(_filled(scores, -1e9), -1)),
         Wrong("a row in which everything is hidden becomes NaN: nobody to look at means shares of 0.",
               lambda scores: torch.softmax(scores, -1)),
         Wrong("a row in which everything is hidden is shared out evenly: what is hidden must get exactly 0.",
@@ -123,8 +150,8 @@ SOFTMAX = Exercise(
         "What happens to the shares of a row if you take the same number away from all of its scores?",
         "Take each row's largest away first. A row of nothing but minus infinity has no finite largest, and its powers "
         "sum to 0: see to it that neither becomes NaN.",
-        "largest of each row, kept, not below some very small finite number · powers of the difference · over their "
-        "sum, which is not let down to 0.",
+        "largest of each row, kept as an axis of 1; where it is minus infinity, any finite number instead · powers of "
+        "the difference · over their sum, which is not let down to 0.",
     ),
     part="softmax",
     blocked=("torch.softmax", "torch.Tensor.softmax", "torch.nn.functional.softmax", "torch.nn.Softmax.forward",
@@ -301,6 +328,15 @@ MERGE = Exercise(
               lambda x: x.permute(0, 2, 3, 1).flatten(2)),
         Wrong("a view cannot join axes that lie apart in memory, as they do after an exchange: let it copy.",
               lambda x: x.transpose(1, 2).view(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])),
+        Wrong("it is copied before the exchange, and the exchange takes the axes apart in memory once more: copy "
+              "behind it.",
+              lambda x: x.contiguous().transpose(1, 2).view(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])),
+        Wrong("tokens are exchanged with the numbers of a head: it is the heads that go behind the tokens.",
+              lambda x: _no_merge(x.mT).reshape(x.shape[0], x.shape[2], -1)),
+        Wrong("heads are exchanged with the numbers of a head: they go behind the tokens, and before these numbers.",
+              lambda x: x.transpose(1, 3).reshape(x.shape[0], x.shape[2], -1)),
+        Wrong("tokens come before the batch, and are then counted as texts: the batch stays in front.",
+              lambda x: x.permute(2, 0, 1, 3).reshape(x.shape[0], x.shape[2], -1)),
         Wrong("the heads are added up: they are laid side by side.", lambda x: x.sum(1)),
         Wrong("the heads are exchanged with the tokens, but not joined.", lambda x: x.transpose(1, 2)),
         Wrong("the tokens are joined within each head: join the heads of each token.", lambda x: x.flatten(2)),
@@ -459,8 +495,12 @@ def _online_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
                               (1, 1, 1, 2, 4)):  # fmt: skip
         q = torch.randn(h, t, d, generator=rng) * 2
         yield q, torch.randn(h, s, d, generator=rng), torch.randn(h, s, d, generator=rng), block
-    q, k = torch.randn(2, 4, 7, generator=rng) * 1e3, torch.randn(2, 6, 7, generator=rng) * 1e3
+    q, k = torch.randn(2, 4, 7, generator=rng).abs() * 1e3, torch.randn(2, 6, 7, generator=rng) * 1e3
+    k[:, 0] = k[:, 0].abs()  # every query has seen a score above 0
     yield q, k, torch.randn(2, 6, 7, generator=rng), 2
+    q, k = torch.randn(2, 3, 4, generator=rng), torch.zeros(2, 5, 4)
+    q[..., 0], k[..., 0] = 2.0**18, -(2.0**17)  # all scores -2**34, exactly: below any number that stands for -inf
+    yield q, k, torch.randn(2, 5, 4, generator=rng), 2
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -477,14 +517,18 @@ def _online(q: Tensor, k: Tensor, v: Tensor, block: int, *, mistake: str = "") -
     new, total = q.shape[1], k.shape[1]
     kept = 0 if mistake == "offset" else total - new
     mask = torch.ones(new, total, dtype=torch.bool) if mistake == "mask" else _triangle(new, total, kept)
-    m, ell, mixed = torch.full((*q.shape[:2], 1), -torch.inf), torch.zeros(*q.shape[:2], 1), torch.zeros_like(q)
+    lowest = {"zero": 0.0, "low": -1e4}.get(mistake, -torch.inf)
+    m, ell, mixed = torch.full((*q.shape[:2], 1), lowest), torch.zeros(*q.shape[:2], 1), torch.zeros_like(q)
     last = total // block * block if mistake == "tail" and total >= block else total
     sums = []
     for start in range(0, last, block):
         stop = min(start + block, total)
         scores = q @ k[:, start:stop].mT / (1 if mistake == "root" else math.sqrt(q.shape[-1]))
-        scores = scores.masked_fill(~mask[:, start:stop], -torch.inf)
         largest = scores.amax(-1, keepdim=True)
+        seen = _triangle(new, stop - start, kept) if mistake == "within" else mask[:, start:stop]
+        scores = scores.masked_fill(~seen, -1e9 if mistake == "finite" else -torch.inf)
+        if mistake != "hidden":
+            largest = scores.amax(-1, keepdim=True)
         if mistake == "shared":
             largest = scores.amax((-2, -1), keepdim=True).expand_as(largest)
         new_m = largest if mistake == "block" else torch.maximum(m, largest)
@@ -494,9 +538,13 @@ def _online(q: Tensor, k: Tensor, v: Tensor, block: int, *, mistake: str = "") -
         powers = (scores - new_m).exp()
         ell = (1 if mistake in ("none", "sum") else c) * ell + powers.sum(-1, keepdim=True)
         mixed = (1 if mistake in ("none", "values") else c) * mixed + powers @ v[:, start:stop]
+        if mistake in ("each", "twice"):
+            mixed = mixed / ell
         m = new_m
         sums.append(ell[..., 0])
-    return (mixed if mistake == "quotient" else mixed / ell), torch.stack(sums)
+    if mistake == "alias":
+        sums = [ell[..., 0]] * len(sums)
+    return (mixed if mistake in ("quotient", "each") else mixed / ell), torch.stack(sums)
 
 
 def _with(mistake: str) -> Any:
@@ -521,6 +569,22 @@ ONLINE = Exercise(
               _with("no maximum")),
         Wrong("there is no mask: each token sees those that come after it.", _with("mask")),
         Wrong("the mask counts the new tokens from the start of the text: they are its last ones.", _with("offset")),
+        Wrong("the places of keys are counted anew in each block: a key's place in the text decides who sees it.",
+              _with("within")),
+        Wrong("hidden keys enter the maximum: a sum is measured against the largest score that its query has seen.",
+              _with("hidden")),
+        Wrong("hidden scores are a finite number: where all visible ones lie lower, the future is seen.",
+              _with("finite")),
+        Wrong("the largest so far starts at 0: where all scores lie below, the sums are not against the largest seen.",
+              _with("zero")),
+        Wrong("the largest so far starts at a finite number: where all scores lie far below it, every power vanishes.",
+              _with("low")),
+        Wrong("every block notes the last sum: those noted earlier changed later with the sum itself, so note a copy.",
+              _with("alias")),
+        Wrong("the mixed values are divided by the sum in every block: what came earlier is then divided again.",
+              _with("each")),
+        Wrong("the mixed values are divided by the sum in every block and again at the end: divide at the end only.",
+              _with("twice")),
         Wrong("the mixed values are not divided by the sum at the end.", _with("quotient")),
         Wrong("the keys behind the last full block are left out.", _with("tail")),
         Wrong("the scores are not divided by the root of head_dim.", _with("root")),
