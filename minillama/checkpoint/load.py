@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minillama.checkpoint.gguf import open_gguf
+from minillama.checkpoint.huggingface import is_huggingface, open_huggingface
+from minillama.checkpoint.meta import open_meta
 from minillama.checkpoint.names import Checkpoint
 from minillama.checkpoint.native import find, open_native
 from minillama.config import ModelConfig
@@ -28,15 +30,25 @@ def load(
 ) -> tuple[Llama, Tokenizer | None]:
     """A model, ready to generate, and its tokenizer (None if the checkpoint has none).
 
-    name_or_path: "toy" (the course's own), "smollm2" (SmolLM2-135M-Instruct), a folder that `save` wrote, or a GGUF
-    file. The weights become `dtype` on `device`; rotary frequencies are always fp32.
+    name_or_path: "toy" (the course's own), "smollm2" (SmolLM2-135M-Instruct), a GGUF file, or a folder that `save`
+    wrote, or with a checkpoint in Hugging Face's or Meta's layout. The weights become `dtype` on `device`; rotary
+    frequencies are always fp32.
     Raises ValueError if there is no such checkpoint, device or dtype, and if the checkpoint is damaged.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r:.40}, expected one of {', '.join(map(str, DTYPES))}.")
     device = check_device(device)
     path = _find(name_or_path)
-    return fill(open_native(path) if path.is_dir() else open_gguf(path), device, dtype)
+    return fill(open_checkpoint(path), device, dtype)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """All of a checkpoint but its weights, whatever its format. Raises ValueError if it is damaged or not a LLaMA's."""
+    if not path.is_dir():
+        return open_gguf(path)
+    if (path / "params.json").exists():
+        return open_meta(path)
+    return open_huggingface(path) if is_huggingface(path) else open_native(path)
 
 
 def fill(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer | None]:

@@ -56,6 +56,51 @@ GGUF_CONFIG = {
     "rope_theta": "rope.freq_base",
 }
 
+HUGGING_FACE = {
+    "model.embed_tokens.weight": "embedding.weight",
+    "model.layers.{i}.input_layernorm.weight": "blocks.{i}.attention_norm.weight",
+    "model.layers.{i}.self_attn.q_proj.weight": "blocks.{i}.attention.wq.weight",
+    "model.layers.{i}.self_attn.k_proj.weight": "blocks.{i}.attention.wk.weight",
+    "model.layers.{i}.self_attn.v_proj.weight": "blocks.{i}.attention.wv.weight",
+    "model.layers.{i}.self_attn.o_proj.weight": "blocks.{i}.attention.wo.weight",
+    "model.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.feedforward_norm.weight",
+    "model.layers.{i}.mlp.gate_proj.weight": "blocks.{i}.feedforward.gate.weight",
+    "model.layers.{i}.mlp.up_proj.weight": "blocks.{i}.feedforward.up.weight",
+    "model.layers.{i}.mlp.down_proj.weight": "blocks.{i}.feedforward.down.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+# Field of our config -> its key in Hugging Face's config.json.
+HUGGING_FACE_CONFIG = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+
+META = {
+    "tok_embeddings.weight": "embedding.weight",
+    "layers.{i}.attention_norm.weight": "blocks.{i}.attention_norm.weight",
+    "layers.{i}.attention.wq.weight": "blocks.{i}.attention.wq.weight",
+    "layers.{i}.attention.wk.weight": "blocks.{i}.attention.wk.weight",
+    "layers.{i}.attention.wv.weight": "blocks.{i}.attention.wv.weight",
+    "layers.{i}.attention.wo.weight": "blocks.{i}.attention.wo.weight",
+    "layers.{i}.ffn_norm.weight": "blocks.{i}.feedforward_norm.weight",
+    "layers.{i}.feed_forward.w1.weight": "blocks.{i}.feedforward.gate.weight",
+    "layers.{i}.feed_forward.w3.weight": "blocks.{i}.feedforward.up.weight",
+    "layers.{i}.feed_forward.w2.weight": "blocks.{i}.feedforward.down.weight",
+    "norm.weight": "norm.weight",
+    "output.weight": "output.weight",
+}
+
+
 
 def expand(table: dict[str, str], n_layers: int) -> dict[str, str]:
     """The table with {i} filled in: one entry for each of the blocks."""

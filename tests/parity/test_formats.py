@@ -1,0 +1,435 @@
+"""Other people's checkpoints: what transformers writes, and what Meta's shards hold, give the same logits here."""
+
+import base64
+import dataclasses
+import json
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minillama import load
+from minillama.checkpoint.huggingface import config_from
+from minillama.checkpoint.names import META, expand
+from minillama.config import Llama3Scaling, ModelConfig
+from minillama.model import Llama
+from tests.parity.test_transformers import (
+    BASE,
+    FAMILIES,
+    TOLERANCE,
+    difference,
+    family,
+    pair_of_models,
+    theirs,
+    tokens_of,
+)
+
+transformers = pytest.importorskip("transformers")
+
+
+def same_logits(folder: Path, expected: torch.Tensor, config: ModelConfig) -> Llama:
+    model, _ = load(folder)
+    assert model.config == config
+    assert difference(model(tokens_of(config)), expected) <= TOLERANCE
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+@family
+def test_a_folder_that_transformers_wrote_gives_its_logits(config, tmp_path):
+    _, other = pair_of_models(config)
+    other.save_pretrained(tmp_path)
+    same_logits(tmp_path, other(tokens_of(config)).logits, config)
+
+
+@pytest.mark.parametrize("index", [True, False], ids=["index", "no-index"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_many_files_with_and_without_an_index(kind, index, tied, tmp_path):
+    config = FAMILIES["llama3.2" if tied else "llama2"]
+    _, other = pair_of_models(config)
+    other.save_pretrained(tmp_path, max_shard_size="20KB")
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2
+    if kind == "bin":
+        places = dict.fromkeys(other.state_dict(), "pytorch_model-00001-of-00002.bin")
+        places |= dict.fromkeys(list(places)[::2], "pytorch_model-00002-of-00002.bin")
+        for file in set(places.values()):
+            torch.save({k: v for k, v in other.state_dict().items() if places[k] == file}, tmp_path / file)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+        for file in [*files, tmp_path / "model.safetensors.index.json"]:
+            file.unlink()
+    if not index:
+        (tmp_path / f"{stem}.{kind}.index.json").unlink()
+    same_logits(tmp_path, other(tokens_of(config)).logits, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_read_as_they_are(dtype, tmp_path):
+    _, other = pair_of_models(FAMILIES["llama3.1"])
+    other.to(dtype).save_pretrained(tmp_path)
+    model, _ = load(tmp_path, dtype=dtype)
+    assert torch.equal(model.embedding.weight, other.model.embed_tokens.weight)
+    wide, _ = load(tmp_path)
+    assert torch.equal(wide.blocks[1].feedforward.down.weight, other.model.layers[1].mlp.down_proj.weight.float())
+
+
+def test_the_config_files_of_earlier_releases_mean_the_same():
+    old = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99,
+        "intermediate_size": 160, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+        "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 512}, "hidden_act": "silu", "attention_bias": False,
+    }  # fmt: skip
+    new = {**old, "rope_parameters": {**old["rope_scaling"], "rope_theta": 5e5}}
+    for key in ("rope_theta", "rope_scaling"):
+        del new[key]
+    new["rope_parameters"]["rope_type"] = new["rope_parameters"].pop("type")
+    assert config_from(old) == config_from(new)
+    assert config_from(old).rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 512) and config_from(old).n_kv_heads == 4
+    plain = {key: value for key, value in old.items() if key not in ("rope_scaling", "rope_theta")}
+    assert config_from(plain) == dataclasses.replace(config_from(old), rope_theta=1e4, rope_scaling=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llama'"),
+        ({"attention_bias": True}, "attention_bias = True, expected False"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"num_local_experts": 8}, "num_local_experts = 8"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu', expected 'silu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn', expected default, linear or llama3"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "mscale": 1}}, "with 'mscale'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a number"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "48"}, "dim must be a whole number"),
+        ({"num_hidden_layers": 10**9}, "n_layers must be a whole number from 1"),
+        ({"vocab_size": 36}, r"\(37, 48\).*\(36, 48\)"),
+        ({"tie_word_embeddings": "yes"}, "tie_embeddings must be True or False"),
+    ],
+)
+def test_a_setting_that_makes_another_model_is_refused_by_name(change, match, tmp_path):
+    _, other = pair_of_models(BASE)
+    other.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=match):
+        load(tmp_path)
+
+
+def test_an_index_cannot_leave_the_folder(tmp_path):
+    _, other = pair_of_models(BASE)
+    folder = tmp_path / "inner"
+    other.save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    next(folder.glob("model-*.safetensors")).rename(tmp_path / "outside.safetensors")
+    names = json.loads(index.read_text())["weight_map"]
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "x/../../outside.safetensors"):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+        with pytest.raises(ValueError, match="in the same folder"):
+            load(folder)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "gone.safetensors")}))
+    with pytest.raises(ValueError, match="which is not there"):
+        load(folder)
+    index.write_text("[1]")
+    with pytest.raises(ValueError, match="expected an object"):
+        load(folder)
+
+
+class Canary:
+    """Runs when it is unpickled by whoever is careless."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    folder, canary = tmp_path / "model", tmp_path / "canary"
+    _, other = pair_of_models(BASE)
+    other.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({**other.state_dict(), "model.norm.weight": Canary(canary)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="could run code"):
+        load(folder)
+    with open(folder / "pytorch_model.bin", "wb") as file:
+        pickle.dump(Canary(canary), file)
+    with pytest.raises(ValueError, match="not a zip archive"):
+        load(folder)
+    assert not canary.exists()
+
+
+def test_an_archive_that_would_unpack_without_end_is_refused(tmp_path):
+    _, other = pair_of_models(BASE)
+    other.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(other.state_dict(), tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+        packed.writestr("bomb", b"\0" * 10**7)
+    with pytest.raises(ValueError, match="is compressed"):
+        load(tmp_path)
+
+
+def test_other_things_than_weights_are_refused(tmp_path):
+    _, other = pair_of_models(BASE)
+    other.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no weights"):
+        load(tmp_path)
+    path, weights = tmp_path / "pytorch_model.bin", other.state_dict()
+    for content, match in (
+        ([1, 2], "something else than tensors"),
+        ({**weights, "model.norm.weight": weights["model.norm.weight"].to_sparse()}, "tensors"),
+        ({**weights, "model.norm.weight": weights["model.norm.weight"].long()}, "torch.int64, expected floating"),
+        ({**weights, "extra.weight": torch.ones(2)}, "'extra.weight', which is not one of LLaMA's"),
+        ({k: v for k, v in weights.items() if k != "model.norm.weight"}, "lacks norm.weight"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=match):
+            load(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meta
+
+ROWS = ("wq", "wk", "wv", "w1", "w3", "output")  # cut across their rows; the others across their columns
+
+
+def write_meta(folder: Path, model: Llama, shards: int, version: int, **params: object) -> None:
+    """As Meta's training wrote them: every file a slice of each matrix; LLaMA 3 cuts the embedding across its rows."""
+    config, names = model.config, expand(META, model.config.n_layers)
+    ours = {theirs_: dict(model.named_parameters())[name] for theirs_, name in names.items()
+            if name in dict(model.named_parameters())}  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    for i in range(shards):
+        part = {}
+        for key, weight in ours.items():
+            if weight.dim() == 1:
+                part[key] = weight
+            else:
+                by_rows = key.split(".")[-2] in ROWS or (version == 3 and key.startswith("tok_embeddings"))
+                part[key] = weight.chunk(shards, 0 if by_rows else 1)[i].clone()
+        torch.save({k: v.detach() for k, v in part.items()} | {"rope.freqs": torch.ones(3)},
+                   folder / f"consolidated.{i:02}.pth")  # fmt: skip
+    known = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "norm_eps": config.norm_eps,
+             "vocab_size": config.vocab_size, "multiple_of": 32}  # fmt: skip
+    if config.n_kv_heads != config.n_heads:
+        known["n_kv_heads"] = config.n_kv_heads
+    (folder / "params.json").write_text(json.dumps(known | params))
+
+
+META_LIKE = ModelConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, ffn_dim=96, vocab_size=80, max_seq_len=2048,
+                        norm_eps=1e-6)  # fmt: skip
+META3 = dataclasses.replace(META_LIKE, n_kv_heads=8, ffn_dim=160, rope_theta=5e5, max_seq_len=8192)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("version", [2, 3])
+def test_any_number_of_metas_shards_gives_the_model(shards, version, tmp_path):
+    config = META_LIKE if version == 2 else META3
+    ours, other = pair_of_models(config)
+    write_meta(tmp_path, ours, shards, version, **({"rope_theta": 5e5} if version == 3 else {}))
+    same_logits(tmp_path, other(tokens_of(config)).logits, config)
+
+
+def test_metas_grouped_queries_and_scaled_positions(tmp_path):
+    config = dataclasses.replace(
+        META3, n_kv_heads=2, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192), max_seq_len=131072
+    )
+    ours, other = pair_of_models(config)
+    write_meta(tmp_path, ours, 2, 3, rope_theta=5e5, use_scaled_rope=True)
+    same_logits(tmp_path, other(tokens_of(config)).logits, config)
+
+
+def test_a_vocabulary_of_minus_one_is_the_tokenizers(tmp_path):
+    toy, tokenizer = load("toy")
+    config = dataclasses.replace(META_LIKE, vocab_size=tokenizer.vocab_size)
+    ours, _ = pair_of_models(config)
+    write_meta(tmp_path, ours, 2, 2, vocab_size=-1)
+    with pytest.raises(ValueError, match="vocab_size is -1, the tokenizer's, but there is no tokenizer.model"):
+        load(tmp_path)
+    tokenizer.save(tmp_path)
+    model, found = load(tmp_path)
+    assert model.config.vocab_size == found.vocab_size == 2048
+    assert found.encode("Lily lost her kite.", bos=True) == tokenizer.encode("Lily lost her kite.", bos=True)
+
+
+def test_metas_folders_that_do_not_fit_are_refused(tmp_path):
+    ours, _ = pair_of_models(META_LIKE)
+    write_meta(tmp_path, ours, 4, 2)
+    (tmp_path / "consolidated.02.pth").rename(tmp_path / "lost")
+    with pytest.raises(ValueError, match="without a gap"):
+        load(tmp_path)
+    (tmp_path / "lost").rename(tmp_path / "consolidated.02.pth")
+    (tmp_path / "consolidated.03.pth").unlink()
+    with pytest.raises(ValueError, match="do not make"):
+        load(tmp_path)
+    write_meta(tmp_path, ours, 4, 2, n_experts=8)
+    with pytest.raises(ValueError, match="n_experts = 8, which is not one of LLaMA 1 to 3's"):
+        load(tmp_path)
+    write_meta(tmp_path, ours, 4, 2)
+    torch.save({"tok_embeddings.weight": torch.ones(80, 16)}, tmp_path / "consolidated.03.pth")
+    with pytest.raises(ValueError, match="do not have the same tensors"):
+        load(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+TEXTS = ["Lily lost her red kite.", "  two  spaces", "tabs\tand\nlines\r\n\n", "1234567 and 89", "naïve 猫 🦙 ▁ x",
+         "don't WE'LL", "<|begin_of_text|>", "", " ", "e\u0301"]  # fmt: skip
+CORPUS = [text for _ in range(50) for text in ("Lily lost her red kite near the old mill.", "1999 was long ago, 12345.",
+                                               "don't we'll it's", "小狗在公园里。")]  # fmt: skip
+
+
+def llama3_library():
+    """A small byte-level tokenizer with Llama 3's way of cutting words."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    from minillama.tokenizer import LLAMA3_WORDS
+
+    library = Tokenizer(models.BPE(ignore_merges=True))
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    library.train_from_iterator(CORPUS, trainer)
+    library.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
+    library.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", library.token_to_id("<|begin_of_text|>"))]
+    )
+    return library
+
+
+def test_a_tokenizer_json_of_llama3s_kind_gives_the_same_ids(tmp_path):
+    from minillama.checkpoint.tokenizer_files import open_tokenizer
+
+    library = llama3_library()
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|end_of_text|>"}})
+    )
+    ours = open_tokenizer(tmp_path)
+    assert ours.add_bos and ours.bos_id == library.token_to_id("<|begin_of_text|>")
+    assert ours.stop_ids == {library.token_to_id("<|end_of_text|>"), library.token_to_id("<|eot_id|>")}
+    for text in [*TEXTS, *CORPUS[:4]]:
+        expected = library.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, control=True) == expected
+        assert ours.decode(expected, control=True) == text
+
+
+@pytest.mark.parametrize("prefix", ["none", "normalizer", "pre-tokenizer"])
+def test_a_tokenizer_json_of_sentencepieces_kind_gives_the_same_ids(prefix, tmp_path):
+    from tokenizers import Tokenizer
+
+    from minillama import world
+    from minillama.checkpoint.tokenizer_files import open_tokenizer
+
+    toy = load("toy")[1]
+    toy.save(tmp_path)
+    converted = transformers.AutoTokenizer.from_pretrained(tmp_path, config=transformers.LlamaConfig())
+    folder = tmp_path / "json"
+    converted.save_pretrained(folder)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    if prefix == "normalizer":  # as in LLaMA's own
+        file["normalizer"]["normalizers"].insert(0, {"type": "Prepend", "prepend": "▁"})
+    if prefix == "pre-tokenizer":  # as in later conversions
+        file["normalizer"] = None
+        file["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    library, ours = Tokenizer.from_file(str(folder / "tokenizer.json")), open_tokenizer(folder)
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (toy.bos_id, toy.eos_id, toy.vocab_size)
+    rng = random.Random(0)
+    for text in [*TEXTS, *(world.sample(rng).text for _ in range(20))]:
+        # Where the library is not as SentencePiece, with which LLaMA was trained: it reads ▁ as a space, puts a prefix
+        # behind a user's own token (here the line break) too, and in the later conversions none before a space.
+        odd = "▁" in text or {"normalizer": "\n" in text, "pre-tokenizer": text[:1] == " "}.get(prefix, False)
+        if not odd:
+            assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids, text
+
+
+def test_a_tiktoken_file_gives_the_same_ids(tmp_path):
+    """Llama 3's own file has no merges, only ranks."""
+    from minillama.checkpoint.tokenizer_files import open_tokenizer
+    from minillama.tokenizer import BYTE_OF
+
+    library = llama3_library()
+    vocabulary = sorted(library.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+    tokens = [bytes(BYTE_OF[letter] for letter in token) for token, _ in vocabulary]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    (tmp_path / "tokenizer.model").write_text("".join(lines))
+    ours = open_tokenizer(tmp_path)
+    assert ours.vocab_size == len(tokens) + 256 and ours.bos_id == len(tokens) and ours.add_bos
+    assert ours.piece(len(tokens) + 9) == "<|eot_id|>" and len(tokens) + 9 in ours.stop_ids
+    for text in [*TEXTS, *CORPUS[:4]]:
+        assert ours.encode(text) == [
+            i for part in [library.encode(text, add_special_tokens=False)] for i in part.ids
+        ] or text == "<|begin_of_text|>"
+    (tmp_path / "tokenizer.model").write_text("".join(lines[:-1]) + "!!! 5\n")
+    with pytest.raises(ValueError, match=f"line {len(lines)}"):
+        open_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    _, other = pair_of_models(BASE)
+    other.save_pretrained(folder / "hf")
+    torch.save(other.state_dict(), folder / "weights.bin")
+    ours, _ = pair_of_models(META_LIKE)
+    write_meta(folder / "meta", ours, 1, 2)
+    return folder
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), kind=st.sampled_from(["hf/config.json", "hf/model.safetensors", "bin", "meta/params.json",
+                                             "meta/consolidated.00.pth"]))  # fmt: skip
+def test_a_damaged_file_is_refused_in_one_sentence_or_read(data, kind, whole, tmp_path_factory):
+    """Some bytes changed, or the end cut off: a ValueError of one line, or a model, and nothing else."""
+    folder = tmp_path_factory.mktemp("damaged")
+    source = whole / ("meta" if kind.startswith("meta") else "hf")
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    target = folder / kind.partition("/")[2] if "/" in kind else folder / "pytorch_model.bin"
+    if kind == "bin":
+        (folder / "model.safetensors").unlink()
+        target.write_bytes((whole / "weights.bin").read_bytes())
+    content = bytearray(target.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        near = data.draw(st.sampled_from([0, len(content) - 600, len(content) // 2]))
+        content[min(len(content) - 1, max(0, near + data.draw(st.integers(0, 599))))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content)))]
+    target.write_bytes(bytes(content))
+    try:
+        load(folder)
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+def test_theirs_is_the_config_that_we_read():
+    """The parity above would not see a field that both sides take from the same wrong place."""
+    for config in FAMILIES.values():
+        assert config_from(theirs(config).to_dict()) == config
