@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import minillama
 from minillama import Llama, ModelConfig, world
-from minillama.checkpoint import load, save
+from minillama.checkpoint import load, memory, save
 from minillama.cli import app, main
 from minillama.cli import doctor as doctor_file
 from minillama.cli import train as train_file
@@ -173,7 +173,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tokenizer: SentencePieceTokenizer) 
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(doctor_file, "load_checkpoint", load_checkpoint)
-    monkeypatch.setattr(doctor_file, "free_memory", lambda: 1e9 if missing == "memory" else 9e9)
+    monkeypatch.setattr(memory, "free_memory", lambda: 1e9 if missing == "memory" else 9e9)
 
     def without(name: str) -> None:
         nonlocal missing

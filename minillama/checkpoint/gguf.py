@@ -36,7 +36,8 @@ def open_gguf(path: Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"cannot load {path}: {error}.") from None
     stored = [
-        Stored(key, names[key], blocks.shape, partial(read_blocks, path, blocks)) for key, blocks in tensors.items()
+        Stored(key, names[key], blocks.shape, blocks.kind.name, partial(read_blocks, path, blocks))
+        for key, blocks in tensors.items()
     ]
     return Checkpoint(config, tokenizer, stored)
 

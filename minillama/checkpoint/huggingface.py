@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minillama.checkpoint.names import HUGGING_FACE, HUGGING_FACE_CONFIG, Checkpoint, Stored, expand
 from minillama.checkpoint.tokenizer_files import open_tokenizer
-from minillama.checkpoint.torch_file import open_tensors
+from minillama.checkpoint.torch_file import dtype_name, open_tensors
 from minillama.config import LinearScaling, Llama3Scaling, ModelConfig
 from minillama.rope import halves_to_pairs
 
@@ -51,7 +51,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
     stored = []
     for file in _weight_files(folder):
         tensors = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
-        for key, (shape, read) in tensors.items():
+        for key, (shape, dtype, read) in tensors.items():
             derived = key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_embeddings)
             if derived:  # the frequencies follow from the config, a tied output from the embedding
                 continue
@@ -59,7 +59,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
                 raise ValueError(f"{file} has the tensor {key!r:.80}, which is not one of LLaMA's.")
             turned = names[key].endswith(("wq.weight", "wk.weight"))
             fill = partial(_fill, read, config.head_dim if turned else 0)
-            stored.append(Stored(key, names[key], shape, fill))
+            stored.append(Stored(key, names[key], shape, dtype, fill, None if turned else read))
     return Checkpoint(config, open_tokenizer(folder), stored)
 
 
@@ -145,7 +145,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} has no weights: expected model*.safetensors or pytorch_model*.bin in it.")
 
 
-Tensors = dict[str, tuple[tuple[int, ...], Any]]  # key -> shape, and a function that gives the tensor, mapped
+Tensors = dict[str, tuple[tuple[int, ...], str, Any]]  # key -> shape, dtype, a function that gives the tensor, mapped
 
 
 def _safetensors(path: Path) -> Tensors:
@@ -155,7 +155,10 @@ def _safetensors(path: Path) -> Tensors:
             for key, part in parts.items():
                 if part.get_dtype() not in DTYPES:
                     raise ValueError(f"{path}: {key!r:.80} is {part.get_dtype()}, expected {', '.join(DTYPES)}.")
-            return {key: (tuple(part.get_shape()), partial(_read, path, key)) for key, part in parts.items()}
+            return {
+                key: (tuple(part.get_shape()), part.get_dtype(), partial(_read, path, key))
+                for key, part in parts.items()
+            }
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot read {path}: {error}; get the checkpoint again.") from None
 
@@ -170,7 +173,9 @@ def _pickled(path: Path) -> Tensors:
     for key, tensor in found.items():
         if not tensor.is_floating_point() and not key.endswith("inv_freq"):
             raise ValueError(f"{path}: {key!r:.80} is {tensor.dtype}, expected floating-point numbers.")
-    return {key: (tuple(tensor.shape), lambda tensor=tensor: tensor) for key, tensor in found.items()}
+    return {
+        key: (tuple(tensor.shape), dtype_name(tensor), lambda tensor=tensor: tensor) for key, tensor in found.items()
+    }
 
 
 def _fill(read: Any, head_dim: int, out: Tensor) -> None:

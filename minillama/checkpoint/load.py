@@ -15,31 +15,36 @@ from torch.overrides import TorchFunctionMode
 
 from minillama.checkpoint.gguf import open_gguf
 from minillama.checkpoint.huggingface import is_huggingface, open_huggingface
+from minillama.checkpoint.memory import DTYPES, check_memory
 from minillama.checkpoint.meta import open_meta
-from minillama.checkpoint.names import Checkpoint
+from minillama.checkpoint.names import Checkpoint, Stored
 from minillama.checkpoint.native import find, open_native
 from minillama.config import ModelConfig
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def load(
-    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    max_memory: float | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """A model, ready to generate, and its tokenizer (None if the checkpoint has none).
 
     name_or_path: "toy" (the course's own), "smollm2" (SmolLM2-135M-Instruct), a GGUF file, or a folder that `save`
     wrote, or with a checkpoint in Hugging Face's or Meta's layout. The weights become `dtype` on `device`; rotary
     frequencies are always fp32.
-    Raises ValueError if there is no such checkpoint, device or dtype, and if the checkpoint is damaged.
+    max_memory: bytes that the weights may take on the device; None: what it has free.
+    Raises ValueError if there is no such checkpoint, device or dtype, if the weights do not fit into memory, and if
+    the checkpoint is damaged.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r:.40}, expected one of {', '.join(map(str, DTYPES))}.")
     device = check_device(device)
-    path = _find(name_or_path)
-    return fill(open_checkpoint(path), device, dtype)
+    checkpoint = open_checkpoint(find_checkpoint(name_or_path))
+    return fill(checkpoint, device, dtype, max_memory)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -51,12 +56,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return open_huggingface(path) if is_huggingface(path) else open_native(path)
 
 
-def fill(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer | None]:
+def fill(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, max_memory: float | None = None
+) -> tuple[Llama, Tokenizer | None]:
     """Build the model of an opened checkpoint and read each weight into it. Raises ValueError if they do not fit."""
     model = _without_weights(checkpoint.config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     keys: dict[str, str] = {}
-    for key, name, shape, _ in checkpoint.tensors:
+    for key, name, shape, *_ in checkpoint.tensors:
         if name not in shapes:
             raise ValueError(f"the checkpoint has the tensor {key!r:.80}, for which its config has no place.")
         if name in keys:
@@ -70,14 +77,22 @@ def fill(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tu
     if tokens > rows:
         raise ValueError(f"the tokenizer has {tokens} tokens, but the model only {rows} (its vocab_size).")
 
-    weights = {}
-    for stored in checkpoint.tensors:
-        weights[stored.name] = torch.empty(stored.shape, dtype=dtype, device=device)
-        stored.read(weights[stored.name])
+    check_memory(checkpoint.config, device, dtype, max_memory)
+    weights = {stored.name: _weight(stored, device, dtype) for stored in checkpoint.tensors}
     model.load_state_dict(weights, strict=True, assign=True)
     model.frequency = model.frequency.to(device)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     return model.eval(), checkpoint.tokenizer
+
+
+def _weight(stored: Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A weight as the model wants it. Where the file has it so already, it stays there, and the system brings in what
+    is touched; whoever changes it changes a copy in memory, not the file."""
+    if stored.mapped and device.type == "cpu" and (tensor := stored.mapped()).dtype == dtype:
+        return tensor
+    out = torch.empty(stored.shape, dtype=dtype, device=device)
+    stored.read(out)
+    return out
 
 
 class _WithoutWeights(TorchFunctionMode):
@@ -111,7 +126,8 @@ def check_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _find(name_or_path: str | Path) -> Path:
+def find_checkpoint(name_or_path: str | Path) -> Path:
+    """The file or folder of a checkpoint by its name or path. Raises ValueError if there is none."""
     if name_or_path == "toy":
         path = Path(__file__).parents[2] / "data" / "toy"
         if not path.is_dir():

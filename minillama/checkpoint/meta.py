@@ -14,7 +14,7 @@ from torch import Tensor
 from minillama.checkpoint.huggingface import read_json
 from minillama.checkpoint.names import META, Checkpoint, Stored, expand
 from minillama.checkpoint.tokenizer_files import open_tokenizer
-from minillama.checkpoint.torch_file import open_tensors
+from minillama.checkpoint.torch_file import dtype_name, open_tensors
 from minillama.config import Llama3Scaling, ModelConfig
 from minillama.tokenizer import Tokenizer
 
@@ -51,7 +51,8 @@ def open_meta(folder: Path) -> Checkpoint:
             raise ValueError(f"{files[0]} has the tensor {key!r:.80}, which is not one of LLaMA's.")
         parts = [shard[key] for shard in shards]
         shape, axis = _joined(key, [tuple(part.shape) for part in parts], shapes[names[key]])
-        stored.append(Stored(key, names[key], shape, partial(_fill, parts, axis)))
+        mapped = (lambda part=parts[0]: part) if axis is None else None
+        stored.append(Stored(key, names[key], shape, dtype_name(parts[0]), partial(_fill, parts, axis), mapped))
     return Checkpoint(config, tokenizer, stored)
 
 

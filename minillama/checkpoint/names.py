@@ -15,7 +15,9 @@ class Stored(NamedTuple):
     key: str  # its name in the file, for messages
     name: str  # the name of our parameter
     shape: tuple[int, ...]
+    dtype: str  # as the file calls it, for `inspect`
     read: Callable[[Tensor], None]  # fills a tensor of this shape, of any floating dtype, on any device
+    mapped: Callable[[], Tensor] | None = None  # the tensor itself, where it lies in the file as we want it
 
 
 class Checkpoint(NamedTuple):

@@ -61,7 +61,7 @@ def open_native(folder: Path) -> Checkpoint:
                 part = file.get_slice(key)
                 if part.get_dtype() not in DTYPES:
                     raise ValueError(f"{path}: {key!r:.80} is {part.get_dtype()}, expected {', '.join(DTYPES)}.")
-                tensors.append(Stored(key, key, tuple(part.get_shape()), partial(_read, path, key)))
+                tensors.append(Stored(key, key, tuple(part.get_shape()), part.get_dtype(), partial(_read, path, key)))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot read {path}: {error}; get the checkpoint again.") from None
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)

@@ -34,6 +34,12 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def dtype_name(tensor: Tensor) -> str:
+    """As safetensors calls it."""
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+    return names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+
+
 def _check_archive(path: Path) -> None:
     """Nothing in the archive is packed (a small file could then unpack without end), and all of it is in the file."""
     if not zipfile.is_zipfile(path):

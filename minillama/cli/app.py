@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -87,12 +86,3 @@ def from_utf8(data: bytes, source: str) -> str:
     except UnicodeDecodeError as error:
         byte = data[error.start]
         raise ValueError(f"{source} is not UTF-8: byte {error.start} is {byte:#04x}; save it as UTF-8.") from None
-
-
-def free_memory() -> float:
-    """Bytes that programs can still get; infinity where there is no such file to read it from."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return float("inf")

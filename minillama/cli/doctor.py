@@ -9,7 +9,7 @@ from functools import partial
 
 import typer
 
-from minillama.cli.app import app, free_memory, load_checkpoint
+from minillama.cli.app import app, load_checkpoint
 
 
 @app.command(rich_help_panel="Look")
@@ -36,11 +36,17 @@ def _checks() -> Iterator[tuple[str, Callable[[], object], bool, str]]:
     for package in ("torch", "ipykernel", "jupyterlab", "ipywidgets", "matplotlib"):
         yield package, partial(importlib.metadata.version, package), True, install
     yield "disk", lambda: _enough(shutil.disk_usage(".").free, 1), True, "make room"
-    yield "memory", lambda: _enough(free_memory(), 2), False, "close other programs before you load the real model"
+    yield "memory", _memory, False, "close other programs before you load the real model"
     yield "cpu", _cpu, True, install
     yield "gpu", _gpus, False, "say `--device cpu` to the commands"
     yield "toy", partial(_first_pass, "toy"), True, "type `make toy`, or get `data/toy` again"
     yield "smollm2", partial(_first_pass, "smollm2"), False, "type `make lab`, or the command in this line"
+
+
+def _memory() -> str:
+    from minillama.checkpoint import memory
+
+    return _enough(memory.free_memory(), 2)
 
 
 def _enough(free: float, needed: int) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minillama.cli.app import Device, app, best_device, free_memory, from_utf8, option
+from minillama.cli.app import Device, app, best_device, from_utf8, option
 
 if TYPE_CHECKING:
     from minillama.data import TextBatches, Validation
@@ -57,6 +57,7 @@ def train(
 
     from minillama import Llama, ModelConfig, generate, load
     from minillama.checkpoint.load import check_device
+    from minillama.checkpoint.memory import free_memory
     from minillama.data import StoryBatches, story_validation
     from minillama.tokenizer import load_tokenizer
     from minillama.trainer import Trainer, TrainSettings, checkpoints
