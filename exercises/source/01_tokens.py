@@ -61,9 +61,9 @@ def most_frequent_pair(rows: list[list[int]]) -> tuple[int, int] | None:
 
 
 # %% [markdown] exercise="01.3"
-# `merge_pair(ids, a, b, new)`: one row of ids, (N,) int64 → a new row, (M,) int64, in which each a that is followed by b has
-# become, together with it, the one id `new`; from left to right, once, over the ids as they were given. The row may be long: a
-# loop over a plain list is quick enough, a loop over the elements of a tensor is not.
+# `merge_pair(ids, a, b, new)`: one row of ids, (N,) int64 → a new row, (M,) int64 (an empty one too), in which each a that is
+# followed by b has become, together with it, the one id `new`; from left to right, once, over the ids as they were given. The
+# row may be long: a loop over a plain list is quick enough, a loop over the elements of a tensor is not.
 #
 # For example `merge_pair(torch.tensor([7, 7, 7, 2]), 7, 7, 9)` is `[9, 7, 2]`.
 
@@ -87,9 +87,10 @@ def merge_pair(ids: Tensor, a: int, b: int, new: int) -> Tensor:
 # %% [markdown] exercise="01.4"
 # `bpe_encode(words, merges)`: words, a list of strings, and merges, a list of pairs of strings → for each word the list of its
 # pieces. A word begins as its characters. Then, of all pairs of neighbours in it, the one that stands earliest in `merges` is
-# joined, at its leftmost place; then look again, until no pair of neighbours is in the list. (A list may hold a pair before the
-# merges that make its pieces.) There may be 100,000 merges: to walk through all of them for each word takes too long, and
-# the check looks at the time.
+# joined, at its leftmost place; then look again, until no pair of neighbours is in the list. That is not quite the chapter's
+# `cut_word`: a list may hold a pair before the merges that make its pieces, and one walk through it would miss that. (No pair
+# is in the list twice.) There may be 100,000 merges: to walk through all of them for each word takes too long, and the check
+# looks at the time.
 #
 # For example with merges `[("b", "c"), ("a", "b"), ("a", "bc")]` the words `["abc", "ab"]` are `[["abc"], ["ab"]]`.
 
@@ -97,9 +98,7 @@ def merge_pair(ids: Tensor, a: int, b: int, new: int) -> Tensor:
 # %% exercise="01.4"
 def bpe_encode(words: list[str], merges: list[tuple[str, str]]) -> list[list[str]]:
     # <solution>
-    rank = {}
-    for i, pair in enumerate(merges):
-        rank.setdefault(tuple(pair), i)
+    rank = {tuple(pair): i for i, pair in enumerate(merges)}
     encoded = []
     for word in words:
         pieces = list(word)

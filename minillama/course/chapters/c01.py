@@ -194,6 +194,7 @@ def _merge_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
         ([6], 6, 6, 7),
         ([], 1, 2, 3),
         ([8, 9, 8, 9], 9, 9, 10),  # not there
+        ([17, 7, 71, 7, 7, 70, 5], 7, 7, 256),  # ids that end and begin with another's digits
     ]
     for row, a, b, new in rows:
         yield torch.tensor(row, dtype=torch.int64), a, b, new
@@ -252,6 +253,29 @@ def _again(row: Row, a: int, b: int, new: int) -> Row:
     return row
 
 
+def _unskipped(row: Row, a: int, b: int, new: int) -> Row:
+    pairs = [*pairwise(row), None]
+    return [new if pair == (a, b) else i for i, pair in zip(row, pairs, strict=False)]
+
+
+def _unguarded(row: Row, a: int, b: int, new: int, *, always_last: bool = False) -> Row:
+    """Looks past the end of the row; or stops before it, and then takes the last id whatever happened to it."""
+    out: Row = []
+    i = 0
+    while i < len(row) - always_last:
+        if row[i] == a and row[i + 1] == b:
+            out.append(new)
+            i += 2
+        else:
+            out.append(row[i])
+            i += 1
+    return [*out, row[-1]] if always_last else out
+
+
+def _digits(row: Row, a: int, b: int, new: int) -> Row:
+    return list(map(int, " ".join(map(str, row)).replace(f"{a} {b}", str(new)).split()))
+
+
 MERGE = Exercise(
     "01.3", "merge a pair", "merge_pair", minutes=15, difficulty=3,
     why="Training a vocabulary does this thousands of times, over all of the text.",
@@ -272,6 +296,14 @@ MERGE = Exercise(
         Wrong("an empty row comes back in fp32: name the dtype, since an empty list has none.",
               lambda ids, a, b, new: _merged(ids, a, b, new) if len(ids) else torch.tensor([])),
         Wrong("what was just made is joined again: one pass goes over the ids as they were.", _on_list(_again)),
+        Wrong("nothing is skipped behind a joined pair: its second id is still there, and may begin a pair itself.",
+              _on_list(_unskipped)),
+        Wrong("after a pair at the very end, its second id comes once more: the last id is not always left over.",
+              _on_list(lambda row, a, b, new: _unguarded(row, a, b, new, always_last=True))),
+        Wrong("it raises IndexError where the row ends with an a: behind the last id there is none to look at.",
+              _on_list(_unguarded)),
+        Wrong("digits are joined, not ids: written out, 17 and 7 hold a 7 and a 7, and the id 17 is lost.",
+              _on_list(_digits)),
     ),
     hints=(
         "In a run of four equal ids, which places begin a pair, and in a run of five?",
@@ -301,7 +333,7 @@ def _random_merges(rng: torch.Generator, number: int, letters: str) -> Merges:
 
 def _encode_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     yield ["kitten", "mitten", "ten", " ten", "nett"], [("e", "n"), ("t", "t"), ("t", "en"), ("i", "tt"), ("i", "t")]
-    yield ["abc", "abcabc", "bca"], [("b", "c"), ("a", "b"), ("a", "bc")]  # not from left to right
+    yield ["abc", "abcabc", "bca", "abc"], [("b", "c"), ("a", "b"), ("a", "bc")]  # not from left to right; one twice
     yield ["aaa", "aaaa", "aaaaa", "a", ""], [("a", "a"), ("aa", "aa")]
     yield ["abc", "xabc"], [("ab", "c"), ("x", "a"), ("a", "b")]  # its pieces are made later
     yield ["abab", "ababab"], [("ab", "a"), ("a", "b")]
@@ -317,12 +349,12 @@ def _encode_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
 
 
 def _bpe(word: str, merges: Merges, *, pick: str = "rank", place: str = "left", steps: int = 10**9,
-         by_text: bool = False) -> list[str]:  # fmt: skip
-    """Join one pair after the other: which one (`pick`), and where, if it is there twice."""
+         by_text: bool = False, unseen: int = 0) -> list[str]:  # fmt: skip
+    """Join one pair after the other: which one (`pick`), and where, if it is there twice; the last `unseen` never."""
     rank = {(a + b if by_text else (a, b)): i for i, (a, b) in reversed(list(enumerate(merges)))}
     pieces = list(word)
     while steps > 0:
-        keys = [a + b if by_text else (a, b) for a, b in pairwise(pieces)]
+        keys = [a + b if by_text else (a, b) for a, b in pairwise(pieces[: len(pieces) - unseen])]
         found = [(rank[key], i) for i, key in enumerate(keys) if key in rank]
         if not found:
             break
@@ -355,6 +387,13 @@ def _once_through(word: str, merges: Merges) -> list[str]:
     return pieces
 
 
+def _pairs_of_characters(word: str, merges: Merges) -> list[str]:
+    pieces = list(word)
+    for pair in sorted(set(pairwise(word)) & set(merges), key=merges.index):
+        pieces = _joined(pieces, pair)
+    return pieces
+
+
 def _longest(word: str, merges: Merges) -> list[str]:
     known, out = {a + b for a, b in merges}, []
     while word:
@@ -380,6 +419,17 @@ def _encoded(words: list[str], merges: Merges) -> list[list[str]]:
             pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
         out.append(pieces)
     return out
+
+
+def _zero_is_false(word: str, merges: Merges) -> list[str]:
+    rank = {pair: i for i, pair in enumerate(merges)}
+    pieces = list(word)
+    while len(pieces) > 1:
+        _, at = min((rank.get(pair) or len(merges), i) for i, pair in enumerate(pairwise(pieces)))
+        if (pieces[at], pieces[at + 1]) not in rank:
+            break
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces
 
 
 def _slow_words(rng: torch.Generator) -> tuple[Any, ...]:
@@ -409,6 +459,16 @@ ENCODE = Exercise(
         Wrong("two pieces are joined because together they make a known piece: the pair itself must be in the list.",
               _words(_bpe, by_text=True)),
         Wrong("nothing is joined: each word is still its characters.", lambda words, merges: [list(w) for w in words]),
+        Wrong("the first pair of the list is never joined: its place is 0, and 0 was taken for not there.",
+              lambda words, merges: _encoded(words, merges[1:])),
+        Wrong("the first pair of the list comes last or not at all: its place is 0, and that counts as false.",
+              _words(_zero_is_false)),
+        Wrong("the last two pieces of a word are never looked at as a pair: n pieces have n - 1 pairs of neighbours.",
+              _words(_bpe, unseen=1)),
+        Wrong("only the pairs of the characters are looked up: a joined piece has new neighbours, so look again.",
+              _words(_pairs_of_characters)),
+        Wrong("a word that comes twice was cut once only: there is one answer for each place in the list of words.",
+              lambda words, merges: _encoded(list(dict.fromkeys(words)), merges)),
     ),
     hints=(
         "A word has seven pieces, so six pairs; do you look the six up in the list, or the list in the six?",
@@ -432,6 +492,7 @@ def _fallback_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     yield "x <0xE9> 风", "x <0xE9>", 11  # a text that spells a byte token
     yield "", "abc", 5
     yield "kite", "kite", 0
+    yield "ï 🪁", "ï ", 99  # bytes at the end, all of them
     letters = "abé风筝🪁<0xA>\n\t"
     for _ in range(3):
         text = _drawn(rng, letters, 12)
@@ -455,6 +516,18 @@ def _of_each(tokens: list[str]) -> str:
         except UnicodeDecodeError:
             continue
     raise AssertionError
+
+
+def _piecewise(tokens: list[str], *, alone: bool = False, rest: str = "end") -> str:
+    """Each byte by itself; or runs of bytes, of which the last one is forgotten, or all bytes in one run at the end."""
+    text, run = "", b""
+    for token in tokens:
+        if len(token) > 1:
+            run += bytes([int(token[3:5], 16)])
+        if rest == "lost" and len(token) == 1 or alone:
+            text, run = text + run.decode(errors="replace"), b""
+        text += token if len(token) == 1 else ""
+    return text if rest == "lost" else text + run.decode(errors="replace")
 
 
 def _fallback(write: Callable[..., list[str]] = _spelled, read: Callable[..., str] = _read,
@@ -483,7 +556,7 @@ FALLBACK = Exercise(
     cases=_fallback_cases,
     wrong=(
         Wrong("an unknown character became one token with its code point: it becomes its UTF-8 bytes, one token each.",
-              _fallback(lambda text, known: [c if c in known else f"<0x{ord(c):02X}>" for c in text])),
+              lambda text, known, limit: ([c if c in known else f"<0x{ord(c):02X}>" for c in text], text[:limit])),
         Wrong("unknown characters became <unk>: what they were is lost.",
               _fallback(lambda text, known: [c if c in known else "<unk>" for c in text])),
         Wrong("the bytes are not those of UTF-8, but of UTF-16.", _fallback(code="utf-16-be")),
@@ -501,12 +574,22 @@ FALLBACK = Exercise(
               _fallback(read=lambda tokens: _read(tokens, errors="strict"))),
         Wrong("each byte was read as a character by itself: the bytes of one character belong together.",
               _fallback(read=lambda tokens: "".join(chr(int(t[3:5], 16)) if len(t) > 1 else t for t in tokens))),
+        Wrong("each byte was decoded by itself and became a �: the bytes of one character are decoded together.",
+              _fallback(read=lambda tokens: _piecewise(tokens, alone=True))),
+        Wrong("bytes at the end are never shown: after the last token, some may still wait to be decoded.",
+              _fallback(read=lambda tokens: _piecewise(tokens, rest="lost"))),
+        Wrong("the bytes of all characters stand at the end of the text: each belongs before the next known one.",
+              _fallback(read=_piecewise)),
+        Wrong("every character is spelled in bytes, and `known` is not looked at.",
+              lambda text, known, limit: (_spelled(text, ""), _read(_spelled(text, "")[:limit]))),
         Wrong("a text that spells <0xE9> in single characters was read as a byte: look at each token by itself.",
               _fallback(read=lambda tokens: re.sub(
                   rb"<0x([0-9A-F]{2})>", lambda m: bytes([int(m[1], 16)]), "".join(tokens).encode()
               ).decode(errors="replace"))),
         Wrong("the limit cuts characters, not tokens: a character that falls back counts for each of its bytes.",
               lambda text, known, limit: (_spelled(text, known), text[:limit])),
+        Wrong("the limit cuts the bytes of the text: a known character is one token, however many bytes it has.",
+              lambda text, known, limit: (_spelled(text, known), text.encode()[:limit].decode(errors="replace"))),
         Wrong("the first answer is cut as well: it is all the tokens; only the text comes from the first `limit`.",
               lambda text, known, limit: (_spelled(text, known)[:limit], _read(_spelled(text, known)[:limit]))),
     ),
