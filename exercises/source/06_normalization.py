@@ -34,7 +34,8 @@ def l2_norm(x: Tensor) -> Tensor:
 # `layer_norm(x, weight, bias, eps)`: x (..., dim), weight and bias (dim,) → (..., dim). Take the mean away, divide by
 # the standard deviation (with eps where it belongs), scale, shift.
 #
-# For example `[1., 3.]` with weight 1, bias 0 and eps 0 becomes `[-1., 1.]`.
+# For example `[1., 3.]` with weight 1, bias 0 and eps 0 becomes `[-1., 1.]`; with any eps above 0, `[3., 3.]` becomes
+# the bias.
 
 
 # %% exercise="06.2"
@@ -48,7 +49,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 # %% [markdown] exercise="06.3"
-# `rms_norm(x, weight, eps)`: x (..., dim), weight (dim,) → (..., dim) in the dtype of x. Also in bf16: equal to LLaMA's
+# `rms_norm(x, weight, eps)`: x (..., dim), weight (dim,) → (..., dim), all of one dtype. Also in bf16: equal to LLaMA's
 # to the last bit, so mind where fp32 begins and where it ends.
 #
 # For example `[3., 4.]` with weight 1 and eps 0 becomes `[0.849, 1.131]`.
@@ -77,6 +78,7 @@ except NotImplementedError:
 # %% [markdown] exercise="06.4"
 # `pre_norm_step(x, weight, w, eps)`: one residual line of a block. x (..., dim) is the stream; the norm is an RMSNorm
 # with `weight` (dim,) and `eps`; the sublayer turns y into `torch.tanh(y @ w.mT)`, w (dim, dim).
+# All is fp32 here, and you may call your `rms_norm`.
 #
 # If w is all zeros, the stream comes out as it went in.
 

@@ -86,6 +86,23 @@ LAYER_NORM = Exercise(
         Wrong("eps is added to the standard deviation: it belongs to the variance, inside the root.",
               lambda x, weight, bias, eps: (x - x.mean(-1, keepdim=True))
               / (x.var(-1, keepdim=True, correction=0).sqrt() + eps) * weight + bias),
+        Wrong("the standard deviation is the unbiased one, divided by dim - 1, and eps is added to it: LayerNorm "
+              "divides by dim and adds eps to the variance, inside the root.",
+              lambda x, weight, bias, eps: (x - x.mean(-1, keepdim=True))
+              / (x.std(-1, keepdim=True) + eps) * weight + bias),
+        Wrong("eps is missing: a vector whose numbers are all alike becomes NaN.",
+              lambda x, weight, bias, eps: _layer_norm(x, weight, bias, 0.0)),
+        Wrong("the root is missing: the result is divided by the variance, not by the standard deviation.",
+              lambda x, weight, bias, eps: (x - x.mean(-1, keepdim=True))
+              / (x.var(-1, keepdim=True, correction=0) + eps) * weight + bias),
+        Wrong("mean and variance are taken over the whole tensor: each vector along the last axis has its own.",
+              lambda x, weight, bias, eps: (x - x.mean()) / (x.var(correction=0) + eps).sqrt() * weight + bias),
+        Wrong("the mean is taken away, but the divisor still measures the sizes with the mean in them: the variance is "
+              "the mean square of what is left.",
+              lambda x, weight, bias, eps: (x - x.mean(-1, keepdim=True))
+              / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias),
+        Wrong("the mean is taken out of the divisor only: the vector itself must lose its mean, too.",
+              lambda x, weight, bias, eps: x / (x.var(-1, keepdim=True, correction=0) + eps).sqrt() * weight + bias),
         Wrong("the mean is not taken away: that is RMSNorm with a bias.",
               lambda x, weight, bias, eps: x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias),
         Wrong("the bias is missing.",
@@ -106,13 +123,20 @@ LAYER_NORM = Exercise(
 # 06.3 ----------------------------------------------------------------------------------------------------------------
 
 
+def _firm(x: Tensor, eps: float) -> Tensor:
+    """The rows whose results lie so far from the middle between two bf16 numbers that the last bits of fp32 (a root and
+    a division, or one reciprocal root) do not matter."""
+    result = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+    return ((result * (1 - 1e-6)).bfloat16() == (result * (1 + 1e-6)).bfloat16()).all(-1)
+
+
 def _rms_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     for x in _vectors(rng):
         yield x, torch.randn(x.shape[-1], generator=rng), 1e-5
     yield torch.randn(4, 6, generator=rng), torch.randn(6, generator=rng), 0.3
-    for scale in (1.0, 30.0):  # in bf16 the place of each rounding shows
-        x = (torch.randn(3, 301, generator=rng) * scale).bfloat16()
-        yield x, torch.randn(301, generator=rng).bfloat16(), 1e-5
+    for scale in (1.0, 30.0):  # in bf16 the place of each rounding shows, if the rows are many
+        x = (torch.randn(48, 301, generator=rng) * scale).bfloat16()
+        yield x[_firm(x, 1e-5)][:24], torch.randn(301, generator=rng).bfloat16(), 1e-5
 
 
 def _rms_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -140,11 +164,23 @@ RMS_NORM = Exercise(
         Wrong("the squares are summed, not averaged: the result is too small by the root of dim.",
               lambda x, weight, eps: (x.float() / (x.float().square().sum(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
               * weight),
+        Wrong("the root is missing: the result is divided by the mean square, not by its root.",
+              lambda x, weight, eps: (x.float() * _rms(x, eps).square()).to(x.dtype) * weight),
+        Wrong("one mean is taken over the whole tensor: each vector along the last axis has its own.",
+              lambda x, weight, eps: (x.float() / (x.float().square().mean() + eps).sqrt()).to(x.dtype) * weight),
         Wrong("the mean is taken away first: that is LayerNorm; RMSNorm leaves the mean in.",
               lambda x, weight, eps: ((x.float() - x.float().mean(-1, keepdim=True))
                                       * _rms(x.float() - x.float().mean(-1, keepdim=True), eps)).to(x.dtype) * weight),
         Wrong("the statistics are computed in the input's own dtype: in bf16 they lose digits; take them in fp32.",
               lambda x, weight, eps: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight),
+        Wrong("in bf16 each square is rounded before the mean is taken: widen before you square.",
+              lambda x, weight, eps: (x.float() * torch.rsqrt(x.square().float().mean(-1, keepdim=True) + eps))
+              .to(x.dtype) * weight),
+        Wrong("in bf16 the factor is rounded before it multiplies the vector: stay in fp32 until that is done.",
+              lambda x, weight, eps: x * _rms(x, eps).to(x.dtype) * weight),
+        Wrong("in bf16 the root mean square is rounded before the vector is divided by it: stay in fp32 until that is "
+              "done.",
+              lambda x, weight, eps: x / (x.float().square().mean(-1, keepdim=True) + eps).sqrt().to(x.dtype) * weight),
         Wrong("in bf16 the weight multiplies before the rounding: LLaMA rounds to the input's dtype first.",
               lambda x, weight, eps: (x.float() * _rms(x, eps) * weight.float()).to(x.dtype)),
         Wrong("the weight is missing.",
@@ -171,6 +207,9 @@ def _residual_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
         dim = shape[-1]
         x = torch.randn(*shape, generator=rng) * 3
         yield x, torch.randn(dim, generator=rng), torch.randn(dim, dim, generator=rng), 1e-5
+    for scale, eps in ((0.5, 0.7), (1e-3, 1e-5)):  # as small as the root of eps, and a vector of zeros: eps shows
+        x = torch.cat([torch.zeros(1, 5), torch.randn(3, 5, generator=rng) * scale])
+        yield x, torch.randn(5, generator=rng), torch.randn(5, 5, generator=rng), eps
 
 
 def _sublayer(x: Tensor, w: Tensor) -> Tensor:
@@ -193,6 +232,22 @@ RESIDUAL = Exercise(
               lambda x, weight, w, eps: _sublayer(_rms_reference(x, weight, eps), w)),
         Wrong("the sublayer's output is normed, not its input.",
               lambda x, weight, w, eps: x + _rms_reference(_sublayer(x, w), weight, eps)),
+        Wrong("the stream is normed once more after the addition: in pre-norm only the sublayer's copy is normed.",
+              lambda x, weight, w, eps: _rms_reference(x + _sublayer(_rms_reference(x, weight, eps), w), weight, eps)),
+        Wrong("eps is missing from the norm: a vector of zeros becomes NaN.",
+              lambda x, weight, w, eps: x + _sublayer(x * _rms(x, 0.0) * weight, w)),
+        Wrong("in the norm, eps is added outside of the root: it belongs to the mean of the squares.",
+              lambda x, weight, w, eps: x + _sublayer(x * _rms(x, eps, inside=False) * weight, w)),
+        Wrong("the norm's eps is always the same number: it is an argument, and differs from call to call.",
+              lambda x, weight, w, eps: x + _sublayer(_rms_reference(x, weight, 1e-5), w)),
+        Wrong("the norm's weight is missing.",
+              lambda x, weight, w, eps: x + _sublayer(x * _rms(x, eps), w)),
+        Wrong("the sublayer's matrix is not transposed: w has its outputs first.",
+              lambda x, weight, w, eps: x + _sublayer(_rms_reference(x, weight, eps), w.mT)),
+        Wrong("the sublayer's tanh is missing.",
+              lambda x, weight, w, eps: x + _rms_reference(x, weight, eps) @ w.mT),
+        Wrong("tanh is taken of the sum: it belongs to the sublayer, and the stream goes past it.",
+              lambda x, weight, w, eps: torch.tanh(x + _rms_reference(x, weight, eps) @ w.mT)),
     ),
     hints=(
         "If the sublayer gave zeros, what should come out?",
