@@ -132,6 +132,10 @@ class Tokenizer:
         """
         return "".join(self.decode_stream(ids, control=control, start=start))
 
+    def token(self, token_id: int) -> str:
+        """A token as its vocabulary spells it; see `piece` for one to read."""
+        return self._tokens[self._check_id(token_id)]
+
     def piece(self, token_id: int) -> str:
         """One token to read, for figures: a space shows as ▁, a line break as \\n, half a character as \\xe4."""
         content = self._contents[self._check_id(token_id)]
@@ -384,6 +388,26 @@ class BPETokenizer(Tokenizer):
             bad = next(c for c in text if not set(c.encode()).isdisjoint(self._unwritable))
             raise ValueError(f"the text has {bad!r} at position {text.index(bad)}, which this vocabulary cannot write")
         return self._library.encode(text, add_special_tokens=False).ids
+
+    def to_library(self) -> dict[str, Any]:
+        """The contents of Hugging Face's `tokenizer.json`, in which the control tokens are part of the vocabulary."""
+        file = json.loads(self._library.to_str())
+        file["model"]["vocab"] = {token: i for i, token in enumerate(self._tokens)}
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        added = {entry["id"]: entry for entry in file["added_tokens"]}
+        for token, i in self._control.items():
+            added[i] = {"id": i, "content": token, **plain, "special": True}
+        file["added_tokens"] = [added[i] for i in sorted(added)]
+        file["decoder"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        if self.add_bos and self.bos_id is not None:
+            bos = self._tokens[self.bos_id]
+            text, start = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": bos, "type_id": 0}}
+            other = {"Sequence": {"id": "B", "type_id": 1}}
+            file["post_processor"] = {
+                "type": "TemplateProcessing", "single": [start, text], "pair": [start, text, other],
+                "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}},
+            }  # fmt: skip
+        return file
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json`: the metadata that the constructor takes, as JSON."""

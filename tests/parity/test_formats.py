@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillama import load
+from minillama.checkpoint import save_huggingface
 from minillama.checkpoint.huggingface import config_from
 from minillama.checkpoint.names import META, expand
 from minillama.config import Llama3Scaling, ModelConfig
@@ -206,6 +207,46 @@ def test_other_things_than_weights_are_refused(tmp_path):
         torch.save(content, path)
         with pytest.raises(ValueError, match=match):
             load(tmp_path)
+
+
+@family
+def test_a_folder_that_we_wrote_opens_in_transformers_with_the_same_logits(config, tmp_path):
+    ours, _ = pair_of_models(config)
+    save_huggingface(ours, None, tmp_path / "out")
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    tokens = tokens_of(config)
+    assert difference(ours(tokens), other(tokens).logits) <= TOLERANCE
+    again = same_logits(tmp_path / "out", ours(tokens), config)
+    assert all(torch.equal(p, dict(ours.named_parameters())[name]) for name, p in again.named_parameters())
+    with pytest.raises(ValueError, match="not empty"):
+        save_huggingface(ours, None, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["toy", "smollm2"])
+def test_a_tokenizer_that_we_wrote_gives_the_same_ids_in_transformers(name, tmp_path):
+    model, tokenizer = load(name, dtype=torch.bfloat16)
+    save_huggingface(model, tokenizer, tmp_path / name)
+    library = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+    again = load(tmp_path / name, dtype=torch.bfloat16)[1]
+    texts = ["Once upon a time, there was a kite.", "It's 12345 o'clock!\tYes", "naïve 猫", "  two"]
+    for text in texts[:-1] if name == "toy" else texts:  # transformers puts no prefix before a space, SentencePiece does
+        ids = tokenizer.encode(text, bos=tokenizer.add_bos)
+        assert library(text).input_ids == ids, text
+        assert again.encode(text, bos=again.add_bos) == ids
+    assert (library.bos_token_id, library.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert again.stop_ids == tokenizer.stop_ids
+
+
+def test_mapped_weights_can_be_changed_and_the_file_stays(tmp_path):
+    _, other = pair_of_models(BASE)
+    other.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model, _ = load(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert torch.equal(load(tmp_path)[0].norm.weight, other.model.norm.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
