@@ -30,7 +30,7 @@ def save_huggingface(model: Llama, tokenizer: Tokenizer | None, folder: str | Pa
     try:
         config = config_for(model.config, str(model.embedding.weight.dtype).removeprefix("torch."), tokenizer)
         _write_json(temporary / "config.json", config)
-        ends: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        ends: dict[str, Any] = {key: value for key, value in config.items() if key.endswith("_token_id")}
         if tokenizer:
             ends["eos_token_id"] = sorted(tokenizer.stop_ids)
         _write_json(temporary / "generation_config.json", ends)

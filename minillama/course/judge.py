@@ -224,6 +224,8 @@ def _first_difference(got: Any, expected: Any, tolerance: float, where: str = ""
         key = next(key for key in expected if not equal(got[key], expected[key], tolerance))
         return _first_difference(got[key], expected[key], tolerance, f"{where}[{key!r}]")
     if isinstance(expected, str) and isinstance(got, str):
+        if max(len(got), len(expected)) <= 40:
+            return f"the text{at} is {got!r}, expected {expected!r}."
         place = next(
             (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected))
         )
@@ -307,6 +309,8 @@ def _positions(same: Tensor) -> str:
     """Where along each axis the differences are, if that is telling."""
     if same.dim() == 0 or same.numel() == 1:
         return ""
+    if int((~same).sum()) <= 2 < same.numel():  # too few to speak of an axis
+        return f"; {int((~same).sum())} of {same.numel()} values differ"
     for axis in range(same.dim()):
         size = same.shape[axis]
         wrong = (~same).transpose(0, axis).flatten(1).any(1) if same.dim() > 1 else ~same
@@ -317,5 +321,5 @@ def _positions(same: Tensor) -> str:
             if places == [0]:
                 return f"; only place 0 along axis {axis} is wrong"
             if places == list(range(1, size)):
-                return f"; all but place 0 along axis {axis} is wrong"
+                return f"; all but place 0 along axis {axis} are wrong"
     return f"; {int((~same).sum())} of {same.numel()} values differ"

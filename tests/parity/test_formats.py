@@ -229,7 +229,8 @@ def test_a_tokenizer_that_we_wrote_gives_the_same_ids_in_transformers(name, tmp_
     library = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
     again = load(tmp_path / name, dtype=torch.bfloat16)[1]
     texts = ["Once upon a time, there was a kite.", "It's 12345 o'clock!\tYes", "naïve 猫", "  two"]
-    for text in texts[:-1] if name == "toy" else texts:  # transformers puts no prefix before a space, SentencePiece does
+    # Before a space SentencePiece puts a prefix, and transformers none.
+    for text in texts[:-1] if name == "toy" else texts:
         ids = tokenizer.encode(text, bos=tokenizer.add_bos)
         assert library(text).input_ids == ids, text
         assert again.encode(text, bos=again.add_bos) == ids
