@@ -14,7 +14,8 @@ from minillama.trainer import mean_loss
 
 # %% [markdown] exercise="05.1"
 # `silu(x)`: a tensor of any shape and any floating dtype → the same shape and dtype, $x \cdot \sigma(x)$ for every number.
-# It must survive any finite input, and in bf16 and fp16 round once, at the end.
+# It must survive any finite input. bf16 and fp16 are computed in fp32 and rounded once, at the end; float64 stays float64.
+# Write the sigmoid yourself: when this is graded, PyTorch's is not there.
 #
 # For example `silu(torch.tensor([0.0, 1.0]))` is `[0.000, 0.731]`.
 
@@ -30,7 +31,8 @@ def silu(x: Tensor) -> Tensor:
 
 # %% [markdown] exercise="05.2"
 # `swiglu(x, gate_up, down)`: x (..., dim), gate_up (2·ffn_dim, dim), the rows of the gate above the rows of up, and down
-# (dim, ffn_dim) → (..., dim), for any number of axes in front, with two matrix products in all. Weights are (out, in).
+# (dim, ffn_dim) → (..., dim), for any number of axes in front. Weights are (out, in). Take two matrix products in all: the
+# check sees only numbers and cannot count them, so count yourself. Nothing from 05.1 is needed, `F.silu` will do.
 #
 # For example with dim = ffn_dim = 1, all weights 1 and x = 2 it is 2 · 1.762 = 3.523.
 
@@ -58,9 +60,10 @@ except NotImplementedError:
     print("Write 05.2 first.")
 
 # %% [markdown] exercise="05.3"
-# `feedforward_width(dim, matrices, multiple_of, multiplier)`: the width for a layer of that many matrices which shall have
-# the parameters of two matrices of 4·dim, and no bias. Cut to a whole number, times `multiplier`, cut again, rounded up
-# to a multiple of `multiple_of`. All are whole numbers but the multiplier; the result is an `int`.
+# `feedforward_width(dim, matrices, multiple_of, multiplier)`: the width for a layer of `matrices` matrices (any number, not
+# only 2 or 3) of dim × width which together have as many weights as two matrices of dim × 4·dim. Cut to a whole number,
+# times `multiplier`, cut again, rounded up to a multiple of `multiple_of`. All are whole numbers but the multiplier; the
+# result is an `int`.
 #
 # For example `feedforward_width(4096, 3, 256, 1.0)` is 11008, and `feedforward_width(768, 2, 1, 1.0)` is 3072, GPT-2's.
 

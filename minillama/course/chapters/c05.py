@@ -17,15 +17,23 @@ from minillama.trainer import mean_loss
 # 05.1 ----------------------------------------------------------------------------------------------------------------
 
 
+def _firm(x: Tensor) -> Tensor:
+    """The numbers whose SiLU lies so far from the middle between two numbers of their dtype that the last bits of fp32
+    (a product, or a division) do not matter."""
+    result = F.silu(x.double())
+    return x[(result * (1 - 1e-6)).to(x.dtype) == (result * (1 + 1e-6)).to(x.dtype)]
+
+
 def _silu_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     x = torch.randn(3, 5, generator=rng) * 3
     return [
         (x,),
         (torch.tensor([-1e4, -200.0, -90.0, -1.0, 0.0, 1.0, 90.0, 200.0, 1e4]),),
-        ((torch.randn(4, 7, generator=rng) * 4).bfloat16(),),
-        ((torch.randn(2, 33, generator=rng) * 2).bfloat16(),),
+        (_firm((torch.randn(60, generator=rng) * 4).bfloat16())[:28].view(4, 7),),
+        (_firm((torch.randn(99, generator=rng) * 2).bfloat16())[:66].view(2, 33),),
         (torch.tensor([-300.0, -12.0, 11.5, 250.0], dtype=torch.float16),),
         (torch.randn(6, generator=rng, dtype=torch.float64),),
+        (torch.tensor([-1e39, -50.0, 0.5, 1e39], dtype=torch.float64),),  # fp32 ends at 3.4e38
         (torch.randn(0, 4, generator=rng),),
         (torch.tensor(-0.7),),
     ]
@@ -51,10 +59,17 @@ SILU = Exercise(
               lambda x: _widened(x, lambda y: y * torch.sigmoid(1.702 * y))),
         Wrong("in bf16 and fp16 it is rounded at every step: compute in fp32 and round once.",
               lambda x: x / (1 + torch.exp(-x))),
+        Wrong("in bf16 and fp16 the sigmoid is rounded before it multiplies: stay in fp32 until the product is made.",
+              lambda x: x * torch.sigmoid(x)),
+        Wrong("float64 is narrowed to fp32, where the largest numbers do not fit: widen the half dtypes only.",
+              lambda x: F.silu(x.float()).to(x.dtype)),
+        Wrong("the sign in the exponent is turned round: the gate opens where x is negative, and must open where it is "
+              "positive.",
+              lambda x: _widened(x, lambda y: y * torch.sigmoid(-y))),
     ),
     hints=(
         "How large is 1 / (1 + e^-x) for a very large x, and for a very small one, and where does e^… overflow?",
-        "x times the sigmoid of x; of the two ways to write a sigmoid, one may have an infinite exponential.",
+        "x times the sigmoid of x; of the two ways to write a sigmoid, one stays right where e^… is infinite.",
         "widen the half dtypes to fp32 · x divided by (1 + e to the minus x) · back to the input's dtype.",
     ),
     tolerance=1e-6,
@@ -71,6 +86,8 @@ def _swiglu_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     for shape, dim, width in (((2, 3), 5, 11), ((4,), 6, 7), ((), 3, 4), ((2, 1, 3), 4, 9), ((0,), 5, 8)):
         x = torch.randn(*shape, dim, generator=rng) * 2
         yield x, torch.randn(2 * width, dim, generator=rng), torch.randn(dim, width, generator=rng)
+    gate_up, down = torch.randn(10, 3, generator=rng), torch.randn(3, 5, generator=rng)
+    yield 200 * gate_up[:4].sign(), gate_up, down  # large gates of both signs: e^gate overflows
 
 
 def _parts(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,6 +144,13 @@ SWIGLU = Exercise(
         Wrong("the activation is on the product: only the gate goes through it.", _on_product),
         Wrong("the gate goes through a sigmoid: that is GLU; SwiGLU's gate goes through SiLU.", _with(torch.sigmoid)),
         Wrong("the gate goes through GELU: that is GEGLU; SwiGLU's gate goes through SiLU.", _with(F.gelu)),
+        Wrong("the gate goes through ReLU: that is ReGLU; SwiGLU's gate goes through SiLU.", _with(F.relu)),
+        Wrong("the gate multiplies as it is, without a bend: that is the bilinear layer; SwiGLU's gate goes through "
+              "SiLU.", _with(lambda gate: gate)),
+        Wrong("a large gate becomes NaN: an exponential overflows, and infinity is divided by infinity.",
+              _with(lambda gate: gate * gate.exp() / (1 + gate.exp()))),
+        Wrong("x is added to the result: that addition belongs to the block around the layer.",
+              lambda x, gate_up, down: x + _with(F.silu)(x, gate_up, down)),
         Wrong("the up half is missing: without it, it is a plain MLP.", _no_up),
         Wrong("gate and up are added, not multiplied.", _added),
         Wrong("both halves go through the activation: only the gate does.", _both),
@@ -150,6 +174,7 @@ def _width_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     published = [
         (4096, 3, 256, 1.0), (5120, 3, 256, 1.0), (6656, 3, 256, 1.0), (8192, 3, 256, 1.0), (8192, 3, 4096, 1.3),
         (4096, 3, 1024, 1.3), (16384, 3, 4096, 1.2), (768, 2, 1, 1.0), (768, 2, 64, 1.0), (100, 3, 1, 1.0),
+        (100, 3, 1, 1.3), (98, 3, 1, 1.5), (48, 2, 3, 1.3), (96, 4, 10, 1.2), (77, 1, 7, 1.1),
     ]  # fmt: skip
     drawn = torch.randint(1, 3000, (6,), generator=rng).tolist()
     return published + [(dim, 3, 8 + dim % 7, 1.0 + dim % 5 / 10) for dim in drawn]
@@ -181,6 +206,19 @@ WIDTH = Exercise(
               lambda dim, matrices, multiple_of, multiplier: _width(dim, 2, multiple_of, multiplier)),
         Wrong("the multiplier is left out.",
               lambda dim, matrices, multiple_of, multiplier: _width(dim, matrices, multiple_of, 1.0)),
+        Wrong("the fair width is not cut before it is multiplied: cut to a whole number first.",
+              lambda dim, matrices, multiple_of, multiplier: multiple_of
+              * math.ceil(int(multiplier * 2 * 4 * dim / matrices) / multiple_of)),
+        Wrong("what the multiplier gives is not cut: even where a multiple is reached, its fraction makes it one more.",
+              lambda dim, matrices, multiple_of, multiplier: multiple_of
+              * math.ceil(multiplier * int(2 * 4 * dim / matrices) / multiple_of)),
+        Wrong("a fraction is rounded to the nearest whole number: the rule cuts it off.",
+              lambda dim, matrices, multiple_of, multiplier: multiple_of
+              * math.ceil(round(multiplier * round(2 * 4 * dim / matrices)) / multiple_of)),
+        Wrong("the width is two thirds of four times dim whatever the number of matrices: that is fair for three only.",
+              lambda dim, matrices, multiple_of, multiplier: _width(dim, 3, multiple_of, multiplier)),
+        Wrong("the parameters of one matrix were shared out: there are two of dim × 4·dim.",
+              lambda dim, matrices, multiple_of, multiplier: _width(dim, 2 * matrices, multiple_of, multiplier)),
     ),
     hints=(
         "Two matrices of dim × 4·dim have 8·dim² numbers. How wide may three matrices be, to have as many?",
