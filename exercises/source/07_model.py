@@ -4,7 +4,8 @@
 # Chapter: [07 the model](../chapters/07_model.ipynb). Run a check as often as you like: it says what is wrong.
 #
 # The weights of a layer come as a dictionary `w` of tensors, each (out, in), with the names `attention_norm wq wk wv wo
-# feedforward_norm gate up down`. The shape comes as a dictionary `s` with `n_heads n_kv_heads head_dim eps theta`.
+# feedforward_norm gate up down`. The shape comes as a dictionary `s` with `n_heads n_kv_heads head_dim`, `eps` of
+# all norms and `theta`, the base of the rotary angles.
 
 # %%
 import math
@@ -22,7 +23,8 @@ from minillama.trainer import mean_loss
 # neighbouring query heads, rotary pairs as neighbours (2i, 2i + 1). Write what you need beside it, or bring it along from
 # your other notebooks.
 #
-# For example with `wo` and `down` all zeros, x comes out as it went in.
+# For example with `wo` and `down` all zeros, x comes out as it went in. That is case 0 of the check; in case 1 only `down` is
+# all zeros (what is wrong there is in attention), in case 2 only `wo` (there it is in the feed-forward layer).
 
 
 # %% exercise="07.1"
@@ -63,7 +65,8 @@ def block(x: Tensor, w: dict[str, Tensor], s: dict) -> Tensor:
 # last norm's weight, and, only if the output is not tied, `output` (V, dim); `layers` is a list of dictionaries `w`.
 # → (B, T, V). Use your `block`.
 #
-# For example with no layers at all it is: look up, norm, compare with every row of the output's table.
+# For example with no layers at all it is: look up, norm, compare with every row of the output's table. That is case 0 of the
+# check; case 1 has one layer, the others have more.
 
 
 # %% exercise="07.2"

@@ -24,10 +24,11 @@ _NAMES = {
 }  # fmt: skip
 
 
-def _model(rng: torch.Generator, layers: int, heads: int, kv: int, head_dim: int, dim: int, tied: bool) -> Llama:
+def _model(rng: torch.Generator, layers: int, heads: int, kv: int, head_dim: int, dim: int, tied: bool, eps: float,
+           theta: float) -> Llama:  # fmt: skip
     config = ModelConfig(
-        dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=kv, head_dim=head_dim, ffn_dim=dim + 6, vocab_size=23,
-        max_seq_len=32, norm_eps=1e-5, rope_theta=100.0, tie_embeddings=tied,
+        dim=dim, n_layers=max(layers, 1), n_heads=heads, n_kv_heads=kv, head_dim=head_dim, ffn_dim=dim + 6,
+        vocab_size=23, max_seq_len=32, norm_eps=eps, rope_theta=theta, tie_embeddings=tied,
     )  # fmt: skip
     model = Llama(config)
     with torch.no_grad():
@@ -58,30 +59,36 @@ def _heads(x: Tensor, n: int) -> Tensor:
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
-def _turn(x: Tensor, theta: float) -> Tensor:
+def _turn(x: Tensor, theta: float, halves: bool = False) -> Tensor:
     D = x.shape[-1]
     angles = torch.arange(x.shape[2])[:, None] * theta ** (-torch.arange(0, D, 2) / D)
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1).flatten(-2)
+    a, b = x.chunk(2, -1) if halves else (x[..., 0::2], x[..., 1::2])
+    pair = [a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()]
+    return torch.cat(pair, -1) if halves else torch.stack(pair, -1).flatten(-2)
 
 
-def _attend(x: Tensor, w: Weights, s: dict[str, Any], *, causal: bool = True, turn: bool = True,
-            tile: bool = False) -> Tensor:  # fmt: skip
+def _attend(x: Tensor, w: Weights, s: dict[str, Any], *, causal: bool = True, turn: bool = True, tile: bool = False,
+            halves: bool = False, values: bool = False, apart: bool = False) -> Tensor:  # fmt: skip
     q, k, v = _heads(x @ w["wq"].mT, s["n_heads"]), *(_heads(x @ w[n].mT, s["n_kv_heads"]) for n in ("wk", "wv"))
     if turn:
-        q, k = _turn(q, s["theta"]), _turn(k, s["theta"])
+        q, k = _turn(q, s["theta"], halves), _turn(k, s["theta"], halves)
+    if values:
+        v = _turn(v, s["theta"])
     groups = s["n_heads"] // s["n_kv_heads"]
     k, v = (y.repeat(1, groups, 1, 1) if tile else y.repeat_interleave(groups, 1) for y in (k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if apart:  # (B, H, T, D), cut into T rows as it lies
+        return y.reshape(*x.shape[:2], -1) @ w["wo"].mT
     return y.transpose(1, 2).flatten(2) @ w["wo"].mT
 
 
-def _feed(x: Tensor, w: Weights) -> Tensor:
-    return (F.silu(x @ w["gate"].mT) * (x @ w["up"].mT)) @ w["down"].mT
+def _feed(x: Tensor, w: Weights, gate: str = "gate", up: str = "up") -> Tensor:
+    return (F.silu(x @ w[gate].mT) * (x @ w[up].mT)) @ w["down"].mT
 
 
 def _block(x: Tensor, w: Weights, s: dict[str, Any], *, order: str = "right", swapped: bool = False,
-           **how: bool) -> Tensor:  # fmt: skip
+           up: bool = False, fixed: dict[str, float] | None = None, **how: bool) -> Tensor:  # fmt: skip
+    s = s | (fixed or {})
     first, second = ("feedforward_norm", "attention_norm") if swapped else ("attention_norm", "feedforward_norm")
     a = _norm(x, w[first], s["eps"])
     if order == "parallel":
@@ -93,20 +100,28 @@ def _block(x: Tensor, w: Weights, s: dict[str, Any], *, order: str = "right", sw
     if order == "no residual":
         x = _attend(a, w, s, **how)
         return _feed(_norm(x, w[second], s["eps"]), w)
-    x = x + _attend(a, w, s, **how)
+    came, x = x, x + _attend(a, w, s, **how)
     if order == "one norm":
         return x + _feed(x, w)
-    return x + _feed(_norm(x, w[second], s["eps"]), w)
+    b = _norm(x, w[second], s["eps"])
+    return (came if order == "attention lost" else x) + (_feed(b, w, "up", "gate") if up else _feed(b, w))
 
 
 # 07.1 ----------------------------------------------------------------------------------------------------------------
 
 
 def _block_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
-    sizes = ((2, 5, 6, 2, 4, 14), (1, 1, 2, 1, 6, 5), (3, 4, 4, 4, 2, 9), (1, 7, 6, 3, 8, 10))
-    for B, T, heads, kv, head_dim, dim in sizes:
-        model = _model(rng, 1, heads, kv, head_dim, dim, True)
-        yield torch.randn(B, T, dim, generator=rng), _layer(model, 0), _shape(model)
+    # Nothing is added, attention alone, the feed-forward layer alone, then all. x is large and so is eps: it must be
+    # felt, while 1e-5, 1e-6 and nothing at all in its place give the same.
+    for B, T, heads, kv, head_dim, dim, eps, theta, without in (
+        (1, 3, 6, 2, 4, 11, 0.5, 100.0, ("wo", "down")), (2, 5, 6, 2, 4, 14, 0.5, 100.0, ("down",)),
+        (2, 3, 4, 2, 6, 9, 1.0, 50.0, ("wo",)), (2, 5, 6, 2, 4, 14, 0.5, 100.0, ()), (1, 1, 2, 1, 6, 5, 1.0, 300.0, ()),
+        (3, 4, 4, 4, 2, 9, 0.3, 50.0, ()), (1, 7, 6, 3, 8, 10, 1.0, 20.0, ()),
+    ):  # fmt: skip
+        layer_of = _model(rng, 1, heads, kv, head_dim, dim, True, eps, theta)
+        w = _layer(layer_of, 0)
+        w |= {name: torch.zeros_like(w[name]) for name in without}
+        yield 3 * torch.randn(B, T, dim, generator=rng), w, _shape(layer_of)
 
 
 def _block_reference(x: Tensor, w: Weights, s: dict[str, Any]) -> Tensor:
@@ -142,11 +157,25 @@ BLOCK = Exercise(
         Wrong("queries and keys are not turned: the block does not know where a token stands.", _wrong(turn=False)),
         Wrong("key/value heads are tiled: heads of a group are neighbours, so repeat each one in its place.",
               _wrong(tile=True)),
+        Wrong("what attention added is lost: the second addition goes on top of the first.",
+              _wrong(order="attention lost")),
+        Wrong("the values are turned too: only queries and keys are, a value says what, not where.",
+              _wrong(values=True)),
+        Wrong("a rotary pair is taken half a head apart: here the numbers 2i and 2i + 1 are a pair.",
+              _wrong(halves=True)),
+        Wrong("the heads' results are cut up as they lie, (B, H, T, D): put each token's heads side by side first.",
+              _wrong(apart=True)),
+        Wrong("SiLU is on the up branch: it bends the gate.", _wrong(up=True)),
+        Wrong("the norms do not use the eps of s: it is a setting of the model, and another one in each case.",
+              _wrong(fixed={"eps": 1e-6})),
+        Wrong("theta is fixed at 10,000: it is a setting of the model, take the one in s.",
+              _wrong(fixed={"theta": 10_000.0})),
     ),
     hints=(
         "How many things does a block add to its input, and what does each of them read?",
         "Norm, attention, add; norm, feed-forward, add. The stream itself is never normed.",
-        "x plus attention of the first norm of x · then that plus feed-forward of the second norm of it.",
+        "x plus attention of the first norm of x · then that plus feed-forward of the second norm of it. In attention: "
+        "heads apart · queries and keys turned · keys and values repeated · shares of the past · heads rejoined · wo.",
     ),
     blocked=("minillama.model.Block.forward", "minillama.attention.Attention.forward"),
 )  # fmt: skip
@@ -156,11 +185,13 @@ BLOCK = Exercise(
 
 
 def _model_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
-    for B, T, layers, heads, kv, head_dim, dim, tied in (
-        (2, 5, 2, 6, 2, 4, 14, True), (1, 4, 3, 2, 1, 6, 5, False), (2, 1, 1, 4, 2, 2, 9, False),
-        (1, 6, 2, 6, 3, 8, 10, True),
+    # No layers at all, one, then more. The embeddings are large and so is eps, for the reason given above.
+    for B, T, layers, heads, kv, head_dim, dim, tied, eps in (
+        (2, 3, 0, 6, 2, 4, 12, True, 0.5), (2, 1, 1, 4, 2, 2, 9, False, 1.0), (2, 5, 2, 6, 2, 4, 14, True, 0.5),
+        (1, 4, 3, 2, 1, 6, 5, False, 1.0), (1, 6, 2, 6, 3, 8, 10, True, 0.3),
     ):  # fmt: skip
-        model = _model(rng, layers, heads, kv, head_dim, dim, tied)
+        model = _model(rng, layers, heads, kv, head_dim, dim, tied, eps, 100.0)
+        model.embedding.weight.mul_(4)
         tokens = torch.randint(23, (B, T), generator=rng)
         state = {"embedding": model.embedding.weight.clone(), "norm": model.norm.weight.clone()}
         if model.output is not None:
@@ -169,26 +200,33 @@ def _model_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
 
 
 def _logits(tokens: Tensor, state: Weights, layers: list[Weights], s: dict[str, Any], *, last_norm: bool = True,
-            tie: bool | None = None, reverse: bool = False, first_only: bool = False,
-            scale: bool = False) -> Tensor:  # fmt: skip
+            tie: bool | None = None, reverse: bool = False, first_only: bool = False, last_only: bool = False,
+            scale: bool = False, twice: bool = False, inside: bool = False, eps: float | None = None,
+            softmax: bool = False) -> Tensor:  # fmt: skip
     x = state["embedding"][tokens]
     if scale:
         x = x * math.sqrt(x.shape[-1])
-    for w in list(reversed(layers)) if reverse else layers[:1] * len(layers) if first_only else layers:
-        x = _block(x, w, s)
+    chosen = list(reversed(layers)) if reverse else layers[:1] * len(layers) if first_only else layers
+    for w in chosen[-1:] if last_only else chosen:
+        x = (x if twice else 0) + _block(x, w, s)
+        if inside:
+            x = _norm(x, state["norm"], s["eps"])
     if last_norm:
-        x = _norm(x, state["norm"], s["eps"])
+        x = _norm(x, state["norm"], s["eps"] if eps is None else eps)
     tied = "output" not in state if tie is None else tie
-    return x @ (state["embedding"] if tied or "output" not in state else state["output"]).mT
+    scores = x @ (state["embedding"] if tied or "output" not in state else state["output"]).mT
+    return scores.softmax(-1) if softmax else scores
 
 
 def _reference(tokens: Tensor, state: Weights, layers: list[Weights], s: dict[str, Any]) -> Tensor:
     config = ModelConfig(
-        dim=state["embedding"].shape[1], n_layers=len(layers), n_heads=s["n_heads"], n_kv_heads=s["n_kv_heads"],
-        head_dim=s["head_dim"], ffn_dim=layers[0]["gate"].shape[0], vocab_size=state["embedding"].shape[0],
-        max_seq_len=64, norm_eps=s["eps"], rope_theta=s["theta"], tie_embeddings="output" not in state,
+        dim=state["embedding"].shape[1], n_layers=max(len(layers), 1), n_heads=s["n_heads"],
+        n_kv_heads=s["n_kv_heads"], head_dim=s["head_dim"], ffn_dim=layers[0]["gate"].shape[0] if layers else 8,
+        vocab_size=state["embedding"].shape[0], max_seq_len=64, norm_eps=s["eps"], rope_theta=s["theta"],
+        tie_embeddings="output" not in state,
     )  # fmt: skip
     model = Llama(config)
+    model.blocks = model.blocks[: len(layers)]
     named = {f"{name}.weight": tensor for name, tensor in state.items()}
     for i, w in enumerate(layers):
         named |= {f"blocks.{i}.{name}": w[short] for short, name in _NAMES.items()}
@@ -214,6 +252,15 @@ WHOLE = Exercise(
         Wrong("the first layer runs every time: each layer has weights of its own.", _wrong_model(first_only=True)),
         Wrong("the embeddings are scaled by the root of dim: the Transformer of 2017 did so, LLaMA does not.",
               _wrong_model(scale=True)),
+        Wrong("only the last layer counts: each one reads what the one before it gave, not the embeddings.",
+              _wrong_model(last_only=True)),
+        Wrong("the stream is added once more to what a block gives: a block has done that itself.",
+              _wrong_model(twice=True)),
+        Wrong("the last norm is taken after every layer: the stream is normed once, behind the last one.",
+              _wrong_model(inside=True, last_norm=False)),
+        Wrong("the last norm does not use the eps of s.", _wrong_model(eps=1e-6)),
+        Wrong("these are probabilities, expected the scores themselves (logits), before any softmax.",
+              _wrong_model(softmax=True)),
     ),
     hints=(
         "What shape has the stream before the first block, and what shape behind the last one?",
@@ -239,15 +286,19 @@ def _count_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
 
 
 def _count(c: dict[str, Any], *, heads: str = "n_kv_heads", last: int = 1, width: str = "head_dim",
-           tied: bool | None = None, bias: bool = False) -> dict[str, int]:  # fmt: skip
+           tied: bool | None = None, bias: bool = False, norms: int = 2, matrices: int = 3, square: bool = False,
+           wo: bool = False, once: bool = False) -> dict[str, int]:  # fmt: skip
+    if once:
+        c = c | {"n_layers": 1}
     D = c["head_dim"] if width == "head_dim" else c["dim"] // c["n_heads"]
     one = c["tie_embeddings"] if tied is None else tied
+    attention = 4 * c["dim"] ** 2 if square else 2 * c["dim"] * D * (c["n_heads"] + c[heads])
+    attention += wo * c["dim"] * (c["dim"] - D * c["n_heads"]) + bias * (D * (c["n_heads"] + 2 * c[heads]) + c["dim"])
     return {
         "embedding": c["vocab_size"] * c["dim"],
-        "attention": c["n_layers"] * 2 * c["dim"] * D * (c["n_heads"] + c[heads])
-        + bias * c["n_layers"] * (D * (c["n_heads"] + 2 * c[heads]) + c["dim"]),
-        "feedforward": c["n_layers"] * 3 * c["dim"] * c["ffn_dim"],
-        "norms": (2 * c["n_layers"] + last) * c["dim"],
+        "attention": c["n_layers"] * attention,
+        "feedforward": c["n_layers"] * matrices * c["dim"] * c["ffn_dim"],
+        "norms": (norms * c["n_layers"] + last) * c["dim"],
         "output": 0 if one else c["vocab_size"] * c["dim"],
     }
 
@@ -266,6 +317,15 @@ COUNT = Exercise(
         Wrong("a tied output was counted: it is the embedding table again.", lambda c: _count(c, tied=False)),
         Wrong("an output of its own was not counted.", lambda c: _count(c, tied=True)),
         Wrong("biases were counted: LLaMA's projections have none.", lambda c: _count(c, bias=True)),
+        Wrong("attention was counted as four matrices of dim by dim: their other side is heads times head_dim.",
+              lambda c: _count(c, square=True)),
+        Wrong("wo was counted as dim by dim: it reads what all heads give, n_heads times head_dim numbers.",
+              lambda c: _count(c, wo=True)),
+        Wrong("two matrices were counted in a feed-forward layer: SwiGLU has a third, the gate.",
+              lambda c: _count(c, matrices=2)),
+        Wrong("one norm was counted for a layer: attention and feed-forward have one each.",
+              lambda c: _count(c, norms=1)),
+        Wrong("one layer was counted: there are n_layers of them.", lambda c: _count(c, once=True)),
     ),
     hints=(
         "Which tensors does one block have, and what is the shape of each?",
