@@ -52,6 +52,7 @@ def rope_frequencies(head_dim: int, theta: float) -> Tensor:
 # %% [markdown] exercise="03.3"
 # `rotate_pairs(x, angles)`: x (B, T, H, D), angles (T, D/2) in radians → (B, T, H, D) in the dtype of x. Pair i of a head,
 # the coordinates 2i and 2i + 1, turns by angle i of its position, in fp32, whatever the dtype of x; the same in all heads.
+# T may be 0.
 #
 # For example the pair (1, 0), turned by π/2, is (0, 1).
 
@@ -98,8 +99,8 @@ def rotate_halves(x: Tensor, angles: Tensor) -> Tensor:
 
 # %% [markdown] exercise="03.5"
 # `to_pairs(w, head_dim)`: the weight of wq or wk from Hugging Face, (n_heads · head_dim, dim) in the layout of halves → the
-# same shape in ours, so that `rotate_pairs` on its output gives the same scores as `rotate_halves` did before. Whole rows
-# move, none is changed.
+# same shape and dtype in ours, so that `rotate_pairs` on its output gives the same scores as `rotate_halves` did before.
+# Whole rows move, none is changed.
 #
 # For example with head_dim = 4, the rows 0 1 2 3 become 0 2 1 3.
 
@@ -134,8 +135,8 @@ def cached_rotation(frequency: Tensor, start: Tensor, new: int) -> tuple[Tensor,
 
 # %% [markdown] exercise="03.7"
 # `llama3_scaling(plain, factor, low, high, original)`: plain (D/2,) frequencies in radians a position → (D/2,). A pair that
-# makes fewer than `low` full turns within `original` positions is divided by `factor`; one that makes more than `high` stays
-# as it is; in between, the share that is kept rises in a straight line with the number of turns.
+# makes fewer than `low` turns within `original` positions is divided by `factor`; one that makes more than `high` stays as
+# it is; in between, the share that is kept rises in a straight line with the number of turns. Do not round turns: 2.5 is 2.5.
 #
 # For example with factor 8 and a pair half way between low and high: 0.5 · plain + 0.5 · plain / 8.
 

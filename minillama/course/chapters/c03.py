@@ -94,11 +94,26 @@ FREQUENCIES = Exercise(
 # 03.3 ----------------------------------------------------------------------------------------------------------------
 
 
+def _firm(x: Tensor, angles: Tensor) -> Tensor:
+    """The rows of the batch whose results, in either layout, lie so far from the middle between two bf16 numbers that
+    the last bits of fp32 (a complex product, or four real ones) do not matter."""
+    cos, sin = _as_turn(angles.double())
+    wide = x.double()
+    firm = torch.ones(len(x), dtype=torch.bool)
+    for a, b in ((wide[..., 0::2], wide[..., 1::2]), wide.chunk(2, -1)):
+        slack = 3e-7 * (a.abs() + b.abs())
+        for result in (a * cos - b * sin, a * sin + b * cos):
+            firm &= ((result - slack).bfloat16() == (result + slack).bfloat16()).flatten(1).all(1)
+    return firm
+
+
 def _turn_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
-    for B, T, H, D in ((2, 5, 3, 8), (1, 7, 6, 4), (3, 1, 2, 6), (1, 0, 2, 4)):
+    for B, T, H, D in ((2, 5, 3, 8), (1, 7, 6, 4), (3, 1, 2, 6)):
         angles = torch.rand(T, D // 2, generator=rng) * 7 - 2
         yield torch.randn(B, T, H, D, generator=rng), angles
-    yield torch.randn(2, 4, 3, 10, generator=rng).bfloat16(), torch.rand(4, 5, generator=rng) * 900
+    x, angles = torch.randn(24, 4, 3, 10, generator=rng).bfloat16(), torch.rand(4, 5, generator=rng) * 900
+    yield x[_firm(x, angles)][:2], angles
+    yield torch.zeros(1, 0, 2, 4), torch.zeros(0, 2)  # last: whoever left out bf16 as well is told that first
 
 
 def _as_turn(angles: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +130,34 @@ def _in_own_dtype(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = (part.to(x.dtype) for part in _as_turn(angles.to(x.dtype)))
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def _products_in_own_dtype(x: Tensor, angles: Tensor) -> Tensor:
+    cos, sin = (part.to(x.dtype) for part in _as_turn(angles))
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def _angles_laid_end_to_end(x: Tensor, angles: Tensor) -> Tensor:
+    cos, sin = _as_turn(angles.repeat(1, 2))
+    wide = x.float()
+    crossed = torch.stack([-wide[..., 1::2], wide[..., 0::2]], -1).flatten(-2)
+    return (wide * cos + crossed * sin).to(x.dtype)
+
+
+def _apart(x: Tensor) -> Tensor:
+    return torch.cat([x[..., 0::2], x[..., 1::2]], -1)
+
+
+def _added(x: Tensor, angles: Tensor) -> Tensor:
+    cos, sin = _as_turn(angles)
+    a, b = x.float()[..., 0::2], x.float()[..., 1::2]
+    return torch.stack([a * cos + b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+def _size_left_open(x: Tensor, angles: Tensor) -> Tensor:
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return rotate(pairs.flatten(-2), _as_turn(angles))
 
 
 def _first_pair_only(x: Tensor, angles: Tensor) -> Tensor:
@@ -144,15 +187,26 @@ ROTATE = Exercise(
               lambda x, angles: rotate(x, _as_turn(angles[:, :1].expand_as(angles)))),
         Wrong("both numbers of a pair are turned, but the second one from the first one's new value.",
               lambda x, angles: _chained(x, angles)),
-        Wrong("in bf16 the angles or products were rounded: turn in fp32, come back to the dtype of x at the end.",
-              _in_own_dtype),
+        Wrong("in bf16 the angles were rounded, by up to 2 radians at 900: turn in fp32, come back to the dtype of x "
+              "at the end.", _in_own_dtype),
+        Wrong("in bf16 cosines, sines and products were rounded: turn in fp32, come back to the dtype of x at the end.",
+              _products_in_own_dtype),
         Wrong("the angles run along the heads: they belong to positions, axis 1.", _along_heads),
+        Wrong("the right numbers come back in the wrong places, all first ones of a head's pairs before all second "
+              "ones: they alternate, as in x.",
+              lambda x, angles: _apart(rotate(x, _as_turn(angles)))),
+        Wrong("the minus is missing: both products are added, which is no rotation.", _added),
+        Wrong("the angles are laid end to end, once more behind the last one: 2i and 2i + 1 share angle i, so its two "
+              "copies stand side by side.", _angles_laid_end_to_end),
+        Wrong("it raises an error where there are no tokens (T = 0): from no numbers, a size of -1 cannot be worked "
+              "out.", _size_left_open),
     ),
     hints=(
         "Where does the point (1, 0) come to lie, turned by an angle, and where does (0, 1)?",
         "Take even and odd coordinates apart, turn them with cosines and sines that have an axis for the heads, "
         "put them together again alternating.",
-        "cos, sin with an axis of 1 for heads · fp32 · two products and a difference, two and a sum · stack.",
+        "cos, sin with an axis of 1 for heads · fp32 · two products and a difference, two and a sum · stacked last and "
+        "flattened, so that they alternate · the dtype of x.",
     ),
     tolerance=2e-6,
     part="rotate",
@@ -204,6 +258,17 @@ def _no_minus(x: Tensor, angles: Tensor) -> Tensor:
 def _weight_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     for heads, head_dim, dim in ((6, 8, 5), (2, 8, 7), (1, 6, 3), (4, 2, 5), (3, 10, 1)):
         yield torch.randn(heads * head_dim, dim, generator=rng), head_dim
+    yield torch.randn(18, 4, generator=rng).bfloat16(), 6
+
+
+def _dealt(w: Tensor, sizes: tuple[int, ...], axes: tuple[int, int]) -> Tensor:
+    """Rows split into three axes, two of them exchanged."""
+    return w.reshape(*sizes, w.shape[1]).transpose(*axes).reshape(w.shape)
+
+
+def _mixed(w: Tensor, head_dim: int) -> Tensor:
+    first, second = w.reshape(-1, 2, head_dim // 2, w.shape[1]).unbind(1)
+    return torch.stack([first, second], -1).reshape(w.shape)
 
 
 PERMUTATION = Exercise(
@@ -220,6 +285,13 @@ PERMUTATION = Exercise(
         Wrong("nothing was moved.", lambda w, head_dim: w.clone()),
         Wrong("the two numbers of each pair are exchanged.",
               lambda w, head_dim: halves_to_pairs(w, head_dim).unflatten(0, (-1, 2)).flip(1).flatten(0, 1)),
+        Wrong("head_dim was taken for the number of heads: it is how many rows each head has.",
+              lambda w, head_dim: _dealt(w, (head_dim, 2, w.shape[0] // head_dim // 2), (1, 2))),
+        Wrong("the heads came apart: all first halves stand before all second ones; each head's rows stay together.",
+              lambda w, head_dim: _dealt(w, (-1, 2, head_dim // 2), (0, 1))),
+        Wrong("numbers of two rows were mixed into one: whole rows alternate, not their numbers.", _mixed),
+        Wrong("the weight comes back in fp32: a row that moves keeps its dtype.",
+              lambda w, head_dim: halves_to_pairs(w, head_dim).float()),
     ),
     hints=(
         "A head has the rows a0 a1 b0 b1 in halves. In which order do they stand as pairs?",
@@ -300,6 +372,31 @@ def _llama3(plain: Tensor, factor: float, low: float, high: float, original: int
     return kept * plain + (1 - kept) * plain / factor
 
 
+def _for_one(plain: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:
+    turns = original * plain / (2 * math.pi)
+    if turns > high:
+        return plain
+    return plain / factor if turns < low else _llama3(plain, factor, low, high, original)
+
+
+def _mixed_by(plain: Tensor, kept: Tensor, factor: float) -> Tensor:
+    return kept * plain + (1 - kept) * plain / factor
+
+
+def _share(plain: Tensor, low: float, high: float, original: int) -> Tensor:
+    return (original * plain / (2 * math.pi) - low) / (high - low)
+
+
+def _falling(plain: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:
+    share = _share(plain, low, high, original)
+    return _mixed_by(plain, torch.where(share < 0, 0.0, torch.where(share > 1, 1.0, 1 - share)), factor)
+
+
+def _by_wavelength(plain: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:
+    long, short = original / low, original / high
+    return _mixed_by(plain, ((long - 2 * math.pi / plain) / (long - short)).clamp(0, 1), factor)
+
+
 SCALING = Exercise(
     "03.7", "Llama 3's scaling", "llama3_scaling", minutes=20, difficulty=3,
     why="It took a model from 8,192 tokens to 131,072, by slowing down some of its clock hands and not others.",
@@ -320,11 +417,26 @@ SCALING = Exercise(
         Wrong("turns were counted without the 2π: a frequency is in radians, a turn is 2π of them.",
               lambda plain, factor, low, high, original: _llama3(plain * 1, factor, low / (2 * math.pi),
                                                                  high / (2 * math.pi), original)),
+        Wrong("Llama 3.1's own numbers are written in, 8, 1, 4 and 8192: all four are arguments.",
+              lambda plain, factor, low, high, original: _llama3(plain, 8.0, 1.0, 4.0, 8192)),
+        Wrong("the kept share is not held between 0 and 1, so that fast pairs are sped up and slow ones may turn "
+              "backwards.",
+              lambda plain, factor, low, high, original: _mixed_by(plain, _share(plain, low, high, original), factor)),
+        Wrong("there is no smooth band: every pair above the lower bound is kept whole, and in between only a part of "
+              "it should be.",
+              lambda plain, factor, low, high, original: _mixed_by(
+                  plain, (_share(plain, low, high, original) >= 0).float(), factor)),
+        Wrong("in the band the share falls as the turns grow: the faster the pair, the more of it is kept.", _falling),
+        Wrong("in the band the share is a straight line in the wavelength: it should be one in the number of turns.",
+              _by_wavelength),
+        Wrong("one decision is made for all pairs at once, which raises an error: plain holds many numbers, and each "
+              "has its own band.", _for_one),
     ),
     hints=(
-        "How many full turns does a pair make within the original context, and which pairs make less than one?",
+        "How many turns does a pair make within the original context, and which pairs make less than one?",
         "Turn that number into a share from 0 (below low) to 1 (above high); mix the kept and the divided frequency.",
-        "turns · (turns - low) / (high - low), clamped to 0…1 · share of plain plus rest of plain / factor.",
+        "count turns · how far they are on the way from low to high, clamped to 0…1, is the share · share of plain "
+        "plus rest of plain / factor.",
     ),
     tolerance=2e-6,
     blocked=("minillama.rope._llama3", "minillama.rope.frequencies"),
