@@ -35,8 +35,10 @@ def lookup(tokens: Tensor, table: Tensor) -> Tensor:
 # `skipgram_pairs(rows, window)`: rows is a list of stories, each a list of ids → a list of all pairs (word, neighbour). A
 # neighbour stands in the same row, at most `window` places before or behind the word, and not at its own place. An id that
 # occurs twice is two words. The order: row by row, in a row word by word, for each word its neighbours from left to right.
+# (The chapter's `pairs_of` goes distance by distance.) There may be no rows, a row may be empty, `window` may be 0.
 #
-# For example `skipgram_pairs([[7, 8, 9], [5, 6]], 1)` is `[(7, 8), (8, 7), (8, 9), (9, 8), (5, 6), (6, 5)]`.
+# For example `skipgram_pairs([[6, 7, 8, 9], [5, 4]], 2)` is
+# `[(6, 7), (6, 8), (7, 6), (7, 8), (7, 9), (8, 6), (8, 7), (8, 9), (9, 7), (9, 8), (5, 4), (4, 5)]`.
 
 
 # %% exercise="02.2"
@@ -56,7 +58,9 @@ def skipgram_pairs(rows: list[list[int]], window: int) -> list[tuple[int, int]]:
 # `negative_sampling_loss(centre, context, negatives)`: the vectors of B words, centre (B, D), of their real neighbours,
 # context (B, D), and of K false neighbours for each, negatives (B, K, D), all fp32 → the loss in nats, a tensor without
 # axes: $-\log\sigma(u\cdot v) - \sum_i\log\bigl(1-\sigma(u\cdot n_i)\bigr)$ for each word, and the mean over the B words.
-# It must be finite and exact for scores of 1000 and of -1000, and needs no loop. K may be 0.
+# It must be finite and exact for scores of 1000 and of -1000: a real pair with a score of -1000 costs 1000. No
+# loop is needed, K may be 0. When this is graded, PyTorch's `logsigmoid`, `softplus` and its cross-entropy of scores are
+# not there: write that part yourself.
 #
 # For example if all vectors are zeros, and K = 2, it is 3 · log 2 = 2.079.
 
@@ -76,7 +80,8 @@ def negative_sampling_loss(centre: Tensor, context: Tensor, negatives: Tensor) -
 # %% [markdown] exercise="02.4"
 # `nearest_rows(table, chosen, k)`: table (V, D) fp32 without rows of zeros, chosen (B,) int64, numbers of rows → (B, k)
 # int64: for each of them the numbers of the k rows with the largest cosine, the largest first. The chosen row itself is left
-# out; of two that are equally near, the lower number comes first. k is at most V - 1. No loop is needed.
+# out; of two that are equally near, the lower number comes first. k is at most V - 1; B and k may be 0. No loop is needed.
+# When this is graded, PyTorch's `cosine_similarity` is not there.
 #
 # For example with the table `[[1, 0], [0, 5], [2, 1]]`, `nearest_rows` of `[0, 1]` with k = 2 is `[[2, 1], [2, 0]]`.
 

@@ -1,6 +1,7 @@
 """Exercises of chapter 02, embeddings."""
 
 import functools
+import math
 import random
 import re
 from collections.abc import Iterable
@@ -126,6 +127,26 @@ def _wrapped(rows: Rows, window: int) -> Pairs:
     ]
 
 
+def _in_order(order: Any) -> Any:
+    """For each word the neighbours in another order: order(i, window) gives their places, also such as do not exist."""
+    return lambda rows, window: [
+        (word, row[j])
+        for row in rows
+        for i, word in enumerate(row)
+        for j in order(i, window)
+        if 0 <= j < len(row) and j != i
+    ]
+
+
+def _both_at_once(rows: Rows, window: int) -> Pairs:
+    found: Pairs = []
+    for row in rows:
+        for i, word in enumerate(row):
+            for other in row[i + 1 : i + window + 1]:
+                found += [(word, other), (other, word)]
+    return found
+
+
 PAIRS = Exercise(
     "02.2", "skip-gram pairs", "skipgram_pairs", minutes=15, difficulty=2,
     why="Word vectors are made of these pairs and of nothing else; an edge that is off by one is never noticed.",
@@ -154,6 +175,25 @@ PAIRS = Exercise(
         Wrong("the neighbour stands first in the pairs: the word comes first.",
               lambda rows, window: [(other, word) for word, other in _pairs(rows, window)]),
         Wrong("the pairs are right, in another order: distance by distance, and not word by word.", _by_distance),
+        Wrong("the pairs are right, in another order: the nearest neighbours come first, not the leftmost.",
+              _in_order(lambda i, window: (j for d in range(1, window + 1) for j in (i - d, i + d)))),
+        Wrong("the pairs are right, in another order: those before the word are walked outwards, from right to left.",
+              _in_order(lambda i, window: [*range(i - 1, i - window - 1, -1), *range(i + 1, i + window + 1)])),
+        Wrong("the pairs are right, in another order: those behind the word stand first, and those before it last.",
+              _in_order(lambda i, window: [*range(i + 1, i + window + 1), *range(i - window, i)])),
+        Wrong("the pairs are right, in another order: a pair and its mirror image stand together, not word by word.",
+              _both_at_once),
+        Wrong("the pairs are right, but sorted by their ids: the order of the text is wanted.",
+              lambda rows, window: sorted(_pairs(rows, window))),
+        Wrong("these are places in the row: the ids that stand there are wanted.",
+              lambda rows, window: _pairs([list(range(len(row))) for row in rows], window)),
+        Wrong("only the last row's pairs are left: the list begins anew with each row.",
+              lambda rows, window: _pairs(rows[-1:], window)),
+        Wrong("only the first row's pairs are there: it returns before the others had their turn.",
+              lambda rows, window: _pairs(rows[:1], window)),
+        Wrong("a word's place is looked for by its id: an id that occurs twice is always found at the first.",
+              lambda rows, window: [(word, row[j]) for row in rows for word in row for j in range(len(row))
+                                    if 0 < abs(row.index(word) - j) <= window]),
         Wrong("a pair that occurs twice is given once: how often it occurs is what counts.",
               lambda rows, window: list(dict.fromkeys(_pairs(rows, window)))),
     ),
@@ -170,15 +210,17 @@ PAIRS = Exercise(
 
 
 def _game_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
-    for b, k, d, scale in ((3, 5, 4, 1.0), (2, 3, 7, 2.0), (1, 1, 2, 1.0), (4, 2, 1, 0.5), (2, 0, 3, 1.0)):
+    for b, k, d, scale in (
+        (3, 5, 4, 1.0), (2, 3, 7, 2.0), (1, 1, 2, 1.0), (4, 2, 1, 0.5), (2, 0, 3, 1.0), (3, 1, 4, 1.0),
+    ):  # fmt: skip
         yield (
             torch.randn(b, d, generator=rng) * scale,
             torch.randn(b, d, generator=rng),
             torch.randn(b, k, d, generator=rng),
         )
     ones = torch.ones(2, 1)
-    # scores of false pairs about 40: 1 minus their sigmoid is 0 in fp32, the sigmoid of minus them is not
-    yield ones * 8, ones * torch.tensor([[3.0], [-2.0]]), torch.tensor([[[5.0], [0.1]], [[4.9], [-0.2]]])
+    # scores of false pairs of 12.75, 15.5 and 40: 1 minus their sigmoid is rounded or 0, the sigmoid of minus them not
+    yield ones * 8, ones * torch.tensor([[3.0], [-3.375]]), torch.tensor([[[5.0], [1.9375]], [[1.59375], [-0.2]]])
     yield ones * 40, ones * torch.tensor([[-25.0], [7.0]]), torch.tensor([[[30.0], [-8.0]], [[-3.0], [0.01]]])
 
 
@@ -203,9 +245,38 @@ def _right_game(centre: Tensor, context: Tensor, negatives: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, truth, reduction="none").sum(1).mean()
 
 
-def _subtracted(centre: Tensor, context: Tensor, negatives: Tensor) -> Tensor:
-    real, false = (centre * context).sum(-1), (negatives * centre[:, None]).sum(-1)
-    return -(real.sigmoid().log() + (1 - false.sigmoid()).log().sum(1)).mean()
+def _subtracted(*given: Tensor, log: Any = torch.log) -> Tensor:
+    real, false = _game(*given, sign=1.0, log=torch.sigmoid)
+    return -(log(real) + log(1 - false).sum(1)).mean()
+
+
+def _scores(centre: Tensor, context: Tensor, negatives: Tensor) -> Tensor:
+    """(B, 1 + K): the real pair's first."""
+    return torch.cat([(centre * context).sum(-1, keepdim=True), (negatives * centre[:, None]).sum(-1)], 1)
+
+
+def _bounded(eps: str) -> Iterable[Wrong]:
+    """Ways to keep the logarithm finite that change its value."""
+    small = float(eps)
+    for how, log in (
+        (f"{eps} is added inside the logarithm", lambda p: (p + small).log()),
+        (f"no probability is let below {eps}", lambda p: p.clamp_min(small).log()),
+    ):
+        cost = f"a score of -1000 must cost 1000, and here nothing costs more than {-math.log(small):.0f}."
+        yield Wrong(f"{how}: {cost}", lambda *given, log=log: _game_mean(*given, log=lambda s: log(s.sigmoid())))
+        yield Wrong(f"{how}, and 1 minus a sigmoid is rounded before: {cost}",
+                    lambda *given, log=log: _subtracted(*given, log=log))  # fmt: skip
+
+
+def _clamped(most: int) -> Wrong:
+    return Wrong(f"the scores are cut off at {most} and -{most}: a score of -1000 must cost 1000, not {most}.",
+                 lambda *given: _game_mean(*given, log=lambda s: F.logsigmoid(s.clamp(-most, most))))  # fmt: skip
+
+
+def _entropy_of_probabilities(*given: Tensor) -> Tensor:
+    real, false = _game(*given, sign=1.0, log=torch.sigmoid)
+    costs = F.binary_cross_entropy(false, torch.zeros_like(false), reduction="none").sum(1)
+    return F.binary_cross_entropy(real, torch.ones_like(real)) + costs.mean()
 
 
 GAME = Exercise(
@@ -232,6 +303,22 @@ GAME = Exercise(
               lambda *given: -_game(*given)[0].mean()),
         Wrong("the real pair is left out: nothing then pulls a word to its neighbours.",
               lambda *given: -_game(*given)[1].sum(1).mean()),
+        Wrong("the K false pairs are averaged, and for K = 0 that is no number: each counts as much as the real one.",
+              lambda *given: -(_game(*given)[0] + _game(*given)[1].mean(1)).mean()),
+        Wrong("the false pairs are added up over the whole batch: the mean over B is for them as well.",
+              lambda *given: -_game(*given)[0].mean() - _game(*given)[1].sum()),
+        Wrong("the real pair is counted K times, once for each false one: that is broadcasting, add up over K first.",
+              lambda *given: -(_game(*given)[0][:, None] + _game(*given)[1]).sum(1).mean()),
+        Wrong("where K is 1, its axis is squeezed away, and the sum that was for K adds up the batch.",
+              lambda *given: -(_game(*given)[0] + _game(*given)[1].squeeze().sum(-1)).mean()),
+        Wrong("the K scores are added up before the logarithm: each false pair is a guess of its own.",
+              lambda *given: -(_game(*given)[0] + F.logsigmoid(-_scores(*given)[:, 1:].sum(1))).mean()),
+        Wrong("it is a softmax over the 1 + K scores: here each pair is guessed alone, real or false.",
+              lambda *given: -_scores(*given).log_softmax(1)[:, 0].mean()),
+        *(wrong for eps in ("1e-12", "1e-10", "1e-9", "1e-8", "1e-7", "1e-6") for wrong in _bounded(eps)),
+        *(_clamped(most) for most in (6, 10, 20, 50, 100)),
+        Wrong("the cross-entropy is given probabilities: they are rounded by then, and it stops at a cost of 100.",
+              _entropy_of_probabilities),
         Wrong("the false neighbours are scored with the real neighbour: they are scored with the centre word.",
               lambda centre, context, negatives: -(
                   F.logsigmoid((centre * context).sum(-1))
@@ -303,6 +390,27 @@ def _higher_first(table: Tensor, chosen: Tensor, k: int) -> Tensor:
     return last - _order(_cosines(table.flip(0), last - chosen), last - chosen, k)
 
 
+def _own_at_the_diagonal(table: Tensor, chosen: Tensor, k: int) -> Tensor:
+    return _order(_cosines(table, chosen).fill_diagonal_(-torch.inf), chosen, k, own=None)
+
+
+def _all_chosen_left_out(table: Tensor, chosen: Tensor, k: int) -> Tensor:
+    closeness = _cosines(table, chosen)
+    closeness[:, chosen] = -torch.inf
+    return _order(closeness, chosen, k, own=None)
+
+
+def _renumbered(table: Tensor, chosen: Tensor, k: int) -> Tensor:
+    right = _nearest(table, chosen, k)
+    return right - (right > chosen[:, None]).long()
+
+
+def _without_own(table: Tensor, chosen: Tensor) -> Tensor:
+    closeness = _cosines(table, chosen)
+    closeness[torch.arange(len(chosen)), chosen] = -torch.inf
+    return closeness
+
+
 NEAREST = Exercise(
     "02.4", "nearest rows by cosine", "nearest_rows", minutes=15, difficulty=2,
     why="The first thing that anybody asks of a table of vectors, and the easiest to ask wrongly.",
@@ -314,9 +422,20 @@ NEAREST = Exercise(
         Wrong("it goes by the distance: two rows in the same direction may lie far apart.",
               lambda table, chosen, k: _order(-torch.cdist(table[chosen], table), chosen, k)),
         Wrong("the row itself is among its neighbours.",
+              lambda table, chosen, k: _order(_cosines(table, chosen), chosen, k, own=None)),
+        Wrong("the row itself is among its neighbours, and rows that are equally near stand in no order.",
+              lambda table, chosen, k: _cosines(table, chosen).topk(k).indices),
+        Wrong("the row itself is made the nearest of all: its place needs a value that never wins.",
               lambda table, chosen, k: _order(_cosines(table, chosen), chosen, k, own=9.0)),
+        Wrong("another row is left out: the first chosen row's own place is not 0, the second's not 1.",
+              _own_at_the_diagonal),
+        Wrong("every chosen row is left out for all of them: only the row itself is left out for each.",
+              _all_chosen_left_out),
+        Wrong("the row itself is cut out, and the numbers of those behind it are one too low.", _renumbered),
         Wrong("the first in the order is left out, whichever it is: another row may point in the same direction.",
               lambda table, chosen, k: _order(_cosines(table, chosen), chosen, k + 1, own=None)[:, 1:]),
+        Wrong("the first in the order is left out, whichever it is, and rows that are equally near stand in no order.",
+              lambda table, chosen, k: _cosines(table, chosen).topk(k + 1).indices[:, 1:]),
         Wrong("the row itself is given the cosine 0, and beats rows that point the other way.",
               lambda table, chosen, k: _order(_cosines(table, chosen), chosen, k, own=0.0)),
         Wrong("the farthest rows come first.",
@@ -324,6 +443,10 @@ NEAREST = Exercise(
         Wrong("the sign of the cosine is lost: opposite directions are not near.",
               lambda table, chosen, k: _order(_cosines(table, chosen).abs(), chosen, k)),
         Wrong("of two rows that are equally near, the lower number comes first.", _higher_first),
+        Wrong("rows that are equally near stand in no order: not every way to pick the largest keeps the lower first.",
+              lambda table, chosen, k: _without_own(table, chosen).topk(k).indices),
+        Wrong("they are the nearest, but the nearest of them comes last.",
+              lambda table, chosen, k: _without_own(table, chosen).argsort(dim=1, stable=True)[:, -k:]),
         Wrong("columns are made to length 1, not rows.",
               lambda table, chosen, k: _order((table / table.norm(dim=0))[chosen] @ (table / table.norm(dim=0)).mT,
                                               chosen, k)),
