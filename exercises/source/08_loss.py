@@ -34,7 +34,8 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 # %% [markdown] exercise="08.2"
 # `masked_cross_entropy(logits, targets)`: logits (..., V), targets (...) int64 → the mean surprise in nats, a tensor with no
-# axes, in fp32. A target of -100 is not scored; at least one is. Use your own `log_softmax`.
+# axes, in fp32. A target of -100 is not scored, at least one other is there; 0 is a token like any other. The shift is done:
+# each target stands at the place from which it is guessed. Use your own `log_softmax`.
 #
 # For example with logits all 0 and V = 4 it is ln 4 = 1.386, whatever the targets.
 
@@ -51,8 +52,8 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 # %% [markdown] exercise="08.3"
 # `shift(tokens, lengths)`: tokens (B, T) int64, each row a text with its BOS and EOS, filled up with 0 behind; lengths (B,)
-# says how many of a row are real, at least 2. → inputs (B, T-1) and targets (B, T-1), both int64 and both new tensors: what
-# follows each input, or -100 where nothing real follows.
+# says how many of a row are real, at least 2; a 0 inside a text is a real token. → inputs (B, T-1), filling and all, and
+# targets (B, T-1), both int64: what follows each input, or -100 where nothing real follows. `tokens` stay as they are.
 #
 # For example `[[1, 8, 2, 0]]` with length 3 becomes inputs `[[1, 8, 2]]` and targets `[[8, 2, -100]]`.
 
@@ -86,19 +87,20 @@ def perplexity_and_bits(nats: Tensor, scored: Tensor, n_bytes: int) -> tuple[flo
 
 
 # %% [markdown] exercise="08.5"
-# `kl_divergence(log_p, log_q)`: log-probabilities of the truth and of a model, both (N, V) → the mean over the N positions of
-# KL(p ‖ q), in nats, a tensor with no axes. The truth may have probabilities of 0 (log -inf); the model has none.
+# `kl_divergence(log_q, log_p)`: log-probabilities of the truth and of a model, both (N, V) → the mean over the N positions of
+# KL(q ‖ p), in nats, a tensor with no axes. As in the chapter, q is the truth and p the model.
+# The truth may have probabilities of 0 (log -inf); the model has none, though some as small as e^-200.
 #
-# For example for p = (1, 0) and q = (0.5, 0.5) it is ln 2 = 0.693.
+# For example for q = (1, 0) and p = (0.5, 0.5) it is ln 2 = 0.693.
 
 
 # %% exercise="08.5"
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl_divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
     """(N, V), (N, V) → ()"""
     # <solution>
-    possible = log_p > -torch.inf
-    gap = torch.where(possible, log_p - log_q, torch.zeros_like(log_q))
-    return (log_p.exp() * gap).sum(-1).mean()
+    possible = log_q > -torch.inf
+    gap = torch.where(possible, log_q - log_p, torch.zeros_like(log_p))
+    return (log_q.exp() * gap).sum(-1).mean()
     # </solution>
 
 

@@ -70,16 +70,21 @@ LOG_SOFTMAX = Exercise(
 
 
 def _loss_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
-    for shape, classes, ignored in (((2, 5), 7, 3), ((3, 4), 6, 0), ((6,), 9, 2), ((1, 1), 3, 0), ((2, 3, 4), 5, 11)):
-        logits = torch.randn(*shape, classes, generator=rng) * 3
+    # Each row's last target is scored, and of three axes the middle one has one place: a mean of means is then a
+    # number, the same one whether it is taken over the first axis or over all but the last.
+    for shape, classes, share in (
+        ((2, 5), 7, 0.4), ((3, 4), 6, 0.0), ((6,), 9, 0.4), ((1, 1), 3, 0.0), ((4, 1, 5), 5, 0.4),
+    ):  # fmt: skip
         targets = torch.randint(classes, shape, generator=rng)
-        flat = targets.view(-1)
-        flat[torch.randperm(len(flat), generator=rng)[:ignored]] = IGNORE
-        yield logits, targets
+        ignored = torch.rand(*shape, generator=rng) < share
+        ignored[..., -1] = False
+        yield torch.randn(*shape, classes, generator=rng) * 3, targets.masked_fill(ignored, IGNORE)
     uneven = torch.randint(8, (2, 6), generator=rng)
     uneven[1, 1:] = IGNORE  # a mean of the rows' means would count that row as much as the other
     yield torch.randn(2, 6, 8, generator=rng) * 2, uneven
     yield (torch.randn(2, 3, 50, generator=rng) * 2).bfloat16(), torch.randint(50, (2, 3), generator=rng)
+    zeros = torch.tensor([[4, 0, 0, IGNORE], [0, 3, 0, 5]])  # token 0 is a token like the others
+    yield torch.randn(2, 4, 6, generator=rng) * 300, zeros  # exponentials of such logits overflow
 
 
 def _surprises(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +92,11 @@ def _surprises(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     scored = targets != IGNORE
     chosen = F.log_softmax(logits.float(), -1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
     return -chosen * scored, scored
+
+
+def _every_pair(logits: Tensor, targets: Tensor) -> Tensor:
+    scored = targets != IGNORE
+    return -F.log_softmax(logits[scored].float(), -1)[:, targets[scored]].mean()
 
 
 def _rows_mean(logits: Tensor, targets: Tensor) -> Tensor:
@@ -114,6 +124,14 @@ CROSS_ENTROPY = Exercise(
               lambda logits, targets: F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().clamp_min(0))),
         Wrong("it is in bits: leave the natural logarithm as it is.",
               lambda logits, targets: _surprises(logits, targets)[0].sum() / (targets != IGNORE).sum() / math.log(2)),
+        Wrong("targets of 0 are ignored too: 0 is a token like any other, only -100 is not scored.",
+              lambda logits, targets: _surprises(logits, targets)[0][targets > 0].mean()),
+        Wrong("each place is asked for the targets of all places: it has one target, its own.", _every_pair),
+        Wrong("it is the mean probability, below 0: the logarithm is missing.",
+              lambda logits, targets: -(-_surprises(logits, targets)[0][targets != IGNORE]).exp().mean()),
+        Wrong("the targets are shifted once more: they already stand at the place from which they are guessed.",
+              lambda logits, targets: F.cross_entropy(logits[..., :-1, :].flatten(0, -2).float(),
+                                                      targets[..., 1:].flatten(), ignore_index=IGNORE)),
     ),
     hints=(
         "Four positions, one of them padding: by which number do you divide?",
@@ -135,8 +153,11 @@ def _shift_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
         lengths = torch.randint(2, length + 1, (rows,), generator=rng)
         if rows > 1:
             lengths[0], lengths[1] = length, max(2, length - 3)
+        tokens[:, 0] = 1  # BOS
         for row, real in enumerate(lengths.tolist()):
-            tokens[row, real:] = 0
+            tokens[row, real - 1], tokens[row, real:] = 2, 0  # EOS and the filling
+            if real > 4:
+                tokens[row, 2] = 0  # the same number inside a text, where it is real
         yield tokens, lengths
 
 
@@ -149,6 +170,17 @@ def _shift(
     if mask:
         places = torch.arange(inputs.shape[1])
         targets[places >= (lengths[:, None] - by + scored)] = IGNORE
+    return inputs, targets
+
+
+def _by_number(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    inputs, targets = _shift(tokens, lengths, mask=False)
+    return inputs, targets.masked_fill(targets == 0, IGNORE)
+
+
+def _inputs_ignored(tokens: Tensor, lengths: Tensor, *, last: int = 0) -> tuple[Tensor, Tensor]:
+    inputs, targets = _shift(tokens, lengths)
+    inputs[torch.arange(inputs.shape[1]) >= lengths[:, None] - last] = IGNORE
     return inputs, targets
 
 
@@ -175,6 +207,13 @@ SHIFT = Exercise(
               lambda tokens, lengths: _shift(tokens, lengths, scored=-1)),
         Wrong("one place of padding behind each text is scored.",
               lambda tokens, lengths: _shift(tokens, lengths, scored=1)),
+        Wrong("a 0 inside a text is ignored: there it is a real token, only the length says where a text ends.",
+              _by_number),
+        Wrong("inputs and targets have changed places.", lambda tokens, lengths: _shift(tokens, lengths)[::-1]),
+        Wrong("the inputs' filling is -100 too: the embedding has no row of that number, only targets are ignored.",
+              _inputs_ignored),
+        Wrong("the inputs are -100 wherever the targets are, the last real token too: only targets are ignored.",
+              lambda tokens, lengths: _inputs_ignored(tokens, lengths, last=1)),
     ),
     hints=(
         "For a text of 5 tokens, how many questions are there, and what is the answer to the last one?",
@@ -234,42 +273,56 @@ MEASURES = Exercise(
 
 def _kl_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     for rows, classes in ((4, 6), (1, 3), (7, 5)):
-        log_p, log_q = (F.log_softmax(torch.randn(rows, classes, generator=rng) * 2, -1) for _ in range(2))
-        yield log_p, log_q
+        log_q, log_p = (F.log_softmax(torch.randn(rows, classes, generator=rng) * 2, -1) for _ in range(2))
+        yield log_q, log_p
     sure = torch.full((3, 4), -torch.inf)  # a truth that is certain: the others have probability 0
     sure[torch.arange(3), torch.randint(4, (3,), generator=rng)] = 0.0
     yield sure, F.log_softmax(torch.randn(3, 4, generator=rng), -1)
     half = torch.tensor([[math.log(0.5), math.log(0.5), -torch.inf]])
     yield half, F.log_softmax(torch.randn(1, 3, generator=rng), -1)
+    far = torch.randn(2, 5, generator=rng)
+    far[:, 1] -= 200  # a probability of e^-200: not 0, but 0 in fp32
+    yield F.log_softmax(torch.randn(2, 5, generator=rng), -1), F.log_softmax(far, -1)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    q = log_q.exp()
+    return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
 
 
 KL = Exercise(
     "08.5", "KL divergence", "kl_divergence", minutes=15, difficulty=3,
     why="The loss is a floor that nobody can pass, plus this: the only part that training can lower.",
-    reference=lambda log_p, log_q: _kl(log_p, log_q).mean(),
+    reference=lambda log_q, log_p: _kl(log_q, log_p).mean(),
     cases=_kl_cases,
     wrong=(
         Wrong("the direction is turned round: that is the divergence from the model to the truth.",
-              lambda log_p, log_q: (log_q.exp() * (log_q - log_p)).sum(-1).mean()),
+              lambda log_q, log_p: (log_p.exp() * (log_p - log_q)).sum(-1).mean()),
         Wrong("it is the cross-entropy: the entropy of the truth was not taken away.",
-              lambda log_p, log_q: -torch.where(log_p.exp() > 0, log_p.exp() * log_q, 0.0).sum(-1).mean()),
+              lambda log_q, log_p: -torch.where(log_q.exp() > 0, log_q.exp() * log_p, 0.0).sum(-1).mean()),
         Wrong("where the truth has probability 0 it is NaN: 0 times infinity must count as 0.",
-              lambda log_p, log_q: (log_p.exp() * (log_p - log_q)).sum(-1).mean()),
+              lambda log_q, log_p: (log_q.exp() * (log_q - log_p)).sum(-1).mean()),
         Wrong("the sign is turned round: a KL divergence is never below 0.",
-              lambda log_p, log_q: -_kl(log_p, log_q).mean()),
-        Wrong("it is the sum over the positions, expected their mean.", lambda log_p, log_q: _kl(log_p, log_q).sum()),
+              lambda log_q, log_p: -_kl(log_q, log_p).mean()),
+        Wrong("it is the sum over the positions, expected their mean.", lambda log_q, log_p: _kl(log_q, log_p).sum()),
         Wrong("the mean is over the vocabulary too: add up over the last axis, average over positions.",
-              lambda log_p, log_q: torch.where(log_p.exp() > 0, log_p.exp() * (log_p - log_q), 0.0).mean()),
+              lambda log_q, log_p: torch.where(log_q.exp() > 0, log_q.exp() * (log_q - log_p), 0.0).mean()),
+        Wrong("the mean is over all terms that are not 0: add up over the last axis, then average over positions.",
+              lambda log_q, log_p: (log_q.exp() * (log_q - log_p))[log_q > -torch.inf].mean()),
+        Wrong("a small probability of the model underflows to zero before its logarithm is taken: stay in logarithms.",
+              lambda log_q, log_p: torch.where(log_q.exp() > 0, log_q.exp() * (log_q.exp() / log_p.exp()).log(), 0.0)
+              .sum(-1).mean()),
+        Wrong("the differences are not weighted: each counts as often as the truth draws its token.",
+              lambda log_q, log_p: (log_q - log_p).sum(-1).mean()),
+        Wrong("the weights are logarithms: how often a token is drawn is its probability.",
+              lambda log_q, log_p: (log_q * (log_q - log_p)).sum(-1).mean()),
+        Wrong("it is in bits: leave the natural logarithm as it is.",
+              lambda log_q, log_p: _kl(log_q, log_p).mean() / math.log(2)),
     ),
     hints=(
         "Who draws the tokens, the truth or the model, and whose surprise is too large by how much?",
-        "For each position average log p - log q under p; what p never draws adds nothing.",
-        "p = exp of log p · p times the difference of logarithms, 0 where p is 0 · sum over the last axis · mean.",
+        "For each position average log q - log p under q; what q never draws adds nothing.",
+        "q = exp of log q · q times the difference of logarithms, 0 where q is 0 · sum over the last axis · mean.",
     ),
     blocked=("torch.nn.functional.kl_div", "torch.kl_div", "torch.nn.KLDivLoss.forward"),
 )  # fmt: skip
