@@ -41,7 +41,7 @@ def test_inspect_names_the_preset_and_the_tokenizer(capsys):
 
 def test_a_model_that_does_not_fit_is_refused_with_what_would(folder, monkeypatch):
     needs = CONFIG.bytes("float32")
-    with pytest.raises(ValueError, match="in float32, and cpu has .* for them: try dtype=torch.bfloat16"):
+    with pytest.raises(ValueError, match="in float32, and cpu has .* for them: try dtype=bfloat16"):
         load(folder, max_memory=needs - 1)
     with pytest.raises(ValueError, match="take a smaller model"):
         load(folder, max_memory=100)

@@ -15,6 +15,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from minillama.quantize import ROWS, Int4Linear
+
 # fmt: off
 NUMBERS = {GGUFValueType[name.upper()].value: np.dtype(name) for name in (
     "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")}
@@ -77,6 +79,32 @@ def read_blocks(path: Path, blocks: Blocks, out: Tensor) -> None:
                 raise ValueError(f"{path} became shorter while it was read.")
             with np.errstate(all="ignore"):  # a damaged scale may be infinite
                 part.copy_(torch.from_numpy(dequantize(data, blocks.kind)))
+
+
+def fits_int4(blocks: Blocks) -> bool:
+    """Whether a tensor's blocks can become an `Int4Linear`."""
+    return blocks.kind.name in ("Q4_0", "Q4_1") and len(blocks.shape) == 2 and blocks.shape[0] % ROWS == 0
+
+
+def read_int4(path: Path, blocks: Blocks, device: torch.device) -> Int4Linear:
+    """A Q4_0 or Q4_1 tensor (out, in), whose 4 bits stay 4 bits: its blocks of 32 weights are our groups.
+
+    A block is its scale, in Q4_1 its smallest value, both fp16, and 16 bytes: the low halves are weights 0 to 15, the
+    high ones 16 to 31. Source: ggml's `block_q4_0` and `block_q4_1`.
+    """
+    rows, columns = blocks.shape
+    with open(path, "rb") as file:
+        file.seek(blocks.offset)
+        data = np.empty((rows, columns // 32, _row_bytes(32, blocks.kind)), np.uint8)
+        if file.readinto(data) != data.nbytes:  # type: ignore[arg-type]
+            raise ValueError(f"{path} became shorter while it was read.")
+    head = 4 if blocks.kind == GGMLQuantizationType.Q4_1 else 2
+    numbers = torch.from_numpy(data[..., :head].copy().view(np.float16)).float()
+    scales = numbers[..., 0]
+    lows = numbers[..., 1] if head == 4 else -8 * scales
+    halves = torch.from_numpy(data[..., head:])
+    codes = torch.cat([halves & 15, halves >> 4], -1).flatten(1)
+    return Int4Linear(codes.to(device), scales.to(device), lows.to(device))
 
 
 class _Header:

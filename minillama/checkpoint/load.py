@@ -21,6 +21,7 @@ from minillama.checkpoint.names import Checkpoint, Stored
 from minillama.checkpoint.native import find, open_native
 from minillama.config import ModelConfig
 from minillama.model import Llama
+from minillama.quantize import put
 from minillama.tokenizer import Tokenizer
 
 
@@ -28,23 +29,25 @@ def load(
     name_or_path: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     max_memory: float | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """A model, ready to generate, and its tokenizer (None if the checkpoint has none).
 
     name_or_path: "toy" (the course's own), "smollm2" (SmolLM2-135M-Instruct), a GGUF file, or a folder that `save`
     wrote, or with a checkpoint in Hugging Face's or Meta's layout. The weights become `dtype` on `device`; rotary
-    frequencies are always fp32.
+    frequencies are always fp32. With "int8" or "int4" they are quantized as they are read (chapter 13), and a file
+    that is in 4 bits stays in 4 bits; such a model can write, and not be trained.
     max_memory: bytes that the weights may take on the device; None: what it has free.
     Raises ValueError if there is no such checkpoint, device or dtype, if the weights do not fit into memory, and if
     the checkpoint is damaged.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r:.40}, expected one of {', '.join(map(str, DTYPES))}.")
+    kind = str(dtype).removeprefix("torch.")
+    if kind not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r:.40}, expected one of {', '.join(DTYPES)}.")
     device = check_device(device)
     checkpoint = open_checkpoint(find_checkpoint(name_or_path))
-    return fill(checkpoint, device, dtype, max_memory)
+    return fill(checkpoint, device, kind, max_memory)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -57,7 +60,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def fill(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, max_memory: float | None = None
+    checkpoint: Checkpoint, device: torch.device, dtype: str, max_memory: float | None = None
 ) -> tuple[Llama, Tokenizer | None]:
     """Build the model of an opened checkpoint and read each weight into it. Raises ValueError if they do not fit."""
     model = _without_weights(checkpoint.config)
@@ -78,8 +81,13 @@ def fill(
         raise ValueError(f"the tokenizer has {tokens} tokens, but the model only {rows} (its vocab_size).")
 
     check_memory(checkpoint.config, device, dtype, max_memory)
-    weights = {stored.name: _weight(stored, device, dtype) for stored in checkpoint.tensors}
-    model.load_state_dict(weights, strict=True, assign=True)
+    if dtype in ("int8", "int4"):
+        for stored in checkpoint.tensors:
+            same = stored.quantized(device) if stored.quantized and dtype == "int4" else None
+            put(model, stored.name, _weight(stored, device, torch.float32) if same is None else same, dtype)
+    else:
+        weights = {stored.name: _weight(stored, device, getattr(torch, dtype)) for stored in checkpoint.tensors}
+        model.load_state_dict(weights, strict=True, assign=True)
     model.frequency = model.frequency.to(device)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     return model.eval(), checkpoint.tokenizer

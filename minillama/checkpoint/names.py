@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig
+from minillama.quantize import Int4Linear
 from minillama.tokenizer import Tokenizer
 
 
@@ -18,6 +20,7 @@ class Stored(NamedTuple):
     dtype: str  # as the file calls it, for `inspect`
     read: Callable[[Tensor], None]  # fills a tensor of this shape, of any floating dtype, on any device
     mapped: Callable[[], Tensor] | None = None  # the tensor itself, where it lies in the file as we want it
+    quantized: Callable[[torch.device], Int4Linear] | None = None  # where the file has it in 4 bits, as we have them
 
 
 class Checkpoint(NamedTuple):

@@ -68,7 +68,7 @@ def load_checkpoint(checkpoint: str, device: str | None, dtype: str) -> "tuple[L
 
     from minillama import load
 
-    model, tokenizer = load(checkpoint, device=device or best_device(), dtype=getattr(torch, dtype, dtype))  # type: ignore[arg-type]
+    model, tokenizer = load(checkpoint, device=device or best_device(), dtype=getattr(torch, dtype, dtype))
     if tokenizer is None:
         raise ValueError(f"the checkpoint {checkpoint} has no tokenizer, so it cannot read or write text.")
     return model, tokenizer

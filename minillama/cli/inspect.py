@@ -23,7 +23,7 @@ def inspect(
     from collections import Counter
 
     from minillama.checkpoint.load import find_checkpoint, open_checkpoint
-    from minillama.checkpoint.memory import DTYPES, free_memory
+    from minillama.checkpoint.memory import DTYPES, free_memory, needed_memory
     from minillama.config import PRESETS
 
     path = find_checkpoint(checkpoint)
@@ -43,9 +43,9 @@ def inspect(
     else:
         print("no tokenizer")
     free = free_memory()
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        weights, cache = config.bytes(name), config.kv_cache_bytes(1, config.max_seq_len, name)
+    for name in DTYPES:
+        weights = needed_memory(config, name)
+        cache = config.kv_cache_bytes(1, config.max_seq_len, "float32" if name == "float32" else "bfloat16")
         more = "" if weights <= free else " (more than is free here)"
         print(f"in {name:9}{weights / 1e9:8.2f} GB{more}, and {cache / 1e9:.2f} GB for {config.max_seq_len:,} tokens")
     if tensors:

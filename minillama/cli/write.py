@@ -12,7 +12,7 @@ import typer
 from minillama.cli.app import Device, app, complain, from_utf8, load_checkpoint, option
 
 Checkpoint = Annotated[str, option("Model", "toy, smollm2, a folder or a .gguf file.")]
-Dtype = Annotated[str, option("Model", "float32, bfloat16 or float16.")]
+Dtype = Annotated[str, option("Model", "float32, bfloat16, float16, int8 or int4.")]
 TEMPERATURE = "0: the likeliest token; 1: as the model thinks."
 TopK = Annotated[int | None, option("Choosing", "Only the K likeliest tokens.")]
 TopP = Annotated[float, option("Choosing", "Only the likeliest, until they add up to this.")]

@@ -274,7 +274,7 @@ def _what_kind(got: Tensor, expected: Tensor, same: Tensor, tolerance: float) ->
             return (
                 "; all signs are turned round"
                 if abs(ratio + 1) < 1e-3
-                else f"; all values are {ratio:.4g} times as large"
+                else f"; all values are {ratio:.6g} times as large"
             )
         differences = (one - other)[clean]
         if (
