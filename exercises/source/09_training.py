@@ -71,9 +71,9 @@ def learning_rate(step: Tensor, steps: int, warmup: int, peak: float, final: flo
 
 
 # %% [markdown] exercise="09.3"
-# `clip_gradients(gradients, limit)`: gradients is a list of tensors, some of them None. → a new list, shortened as a whole to
-# the norm `limit` if it is longer (each in its own dtype, None where None was), and its norm before, a float. The numbers may
-# be as large as 1e25. If the norm is not finite, raise FloatingPointError.
+# `clip_gradients(gradients, limit)`: gradients is a list of tensors, some or all of them None; it may be empty. → a new list,
+# shortened as a whole to the norm `limit` if it is longer (each in its own dtype, None where None was), and its norm before, a
+# float. The numbers may be as large as 1e25, and all be 0. If the norm is not finite, raise FloatingPointError.
 #
 # For example `[[3.], None, [4.]]` with limit 1 becomes `[[0.6], None, [0.8]]` and 5.0.
 
@@ -91,11 +91,11 @@ def clip_gradients(gradients: list[Tensor | None], limit: float) -> tuple[list[T
 
 
 # %% [markdown] exercise="09.4"
-# `batches(stories, length)`: stories is a list of lists of token ids, each from BOS (1) to EOS (2), with 2 to length + 1
-# tokens. A story of n tokens fills n - 1 places with its inputs, and as many targets. Go through them in order: a story goes
-# into the newest row if it fits there as a whole, else it begins a new row. → inputs (B, length) int64, filled up with 0;
-# targets (B, length) int64, filled up with -100; mask (B, length, length) bool: True where the place in the row may look at the
-# place in the column: same story and not later. For the mask, a row's padding counts as one more story.
+# `batches(stories, length)`: stories is a list of lists of token ids, each from BOS (1) to EOS (2), with ids above 2 between
+# them and 2 to length + 1 tokens in all. A story of n tokens fills n - 1 places with its inputs, and as many targets. Go through
+# them in order: a story goes into the newest row if it fits there as a whole, else it begins a new row. → inputs (B, length)
+# int64, filled up with 0; targets (B, length) int64, filled up with -100; mask (B, length, length) bool: True where the place in
+# the row may look at the place in the column: same story and not later. For the mask, a row's padding counts as one more story.
 #
 # For example `[[1, 7, 2], [1, 2]]` with length 4 has the inputs `[[1, 7, 1, 0]]` and the targets `[[7, 2, 2, -100]]`.
 

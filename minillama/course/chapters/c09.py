@@ -70,19 +70,28 @@ def _adamw(
         beta1, beta2 = beta2, beta1
     moved: tuple[Tensors, Tensors, Tensors] = ([], [], [])
     for w, given, mean, square in zip(weights, gradients, m, v, strict=True):
+        if given is None and fault == "dropped":
+            continue
         if given is None and fault != "missing":
-            new = (w, mean, square)
+            new = (w * (1 - rate * decay) if fault == "still" and w.dim() > 1 else w, mean, square)
         else:
             g = torch.zeros_like(w) if given is None else given
             pull = decay if w.dim() > 1 or fault == "vectors" else 0.0
+            if (fault == "planes" and w.dim() > 2) or (fault == "solids" and w.dim() == 2):
+                pull = 0.0
             if fault == "l2":
                 g, pull = g + pull * w, 0.0
-            mean = beta1 * mean + (1 - beta1) * g
-            square = beta2 * square + (1 - beta2) * g * g
+            keep1, keep2 = (1 - beta1, 1 - beta2) if fault == "shares" else (beta1, beta2)
+            mean = keep1 * mean + (1 - keep1) * g
+            square = keep2 * square + (1 - keep2) * g * g
             t = {"late": step + 1, "none": 10**9}.get(fault, step)
             first, second = mean / (1 - beta1**t), square / (1 - beta2**t)
+            if fault == "first":
+                first = mean
             if fault == "second":
                 second = square
+            if fault == "power":
+                first, second = mean / (1 - beta1) ** t, square / (1 - beta2) ** t
             size = (second + eps).sqrt() if fault == "inside" else second.sqrt() + eps
             if fault == "eps first":
                 size = (square.sqrt() + eps) / math.sqrt(1 - beta2**t)
@@ -113,6 +122,11 @@ ADAMW = Exercise(
         Wrong("there is no bias correction: both moments begin at zero, so the first steps have the wrong length.",
               _adamw_with("none")),
         Wrong("only the first moment is corrected: the second began at zero as well.", _adamw_with("second")),
+        Wrong("only the second moment is corrected: the first began at zero as well.", _adamw_with("first")),
+        Wrong("the power is taken of one minus beta: after many steps nothing of the start is left, and the correction "
+              "should be gone.", _adamw_with("power")),
+        Wrong("the shares are exchanged: a running mean keeps beta of what it was and takes in the little that is "
+              "left of the new.", _adamw_with("shares")),
         Wrong("the decay goes into the gradient: that is L2, which is then divided by the gradient's size; AdamW "
               "pulls the weight itself.", _adamw_with("l2")),
         Wrong("eps is inside of the root: it belongs to the root of the second moment.", _adamw_with("inside")),
@@ -124,6 +138,8 @@ ADAMW = Exercise(
               _adamw_with("share")),
         Wrong("tensors with fewer than two axes decay as well: norm weights must not be pulled to zero.",
               _adamw_with("vectors")),
+        Wrong("matrices do not decay: two axes are enough.", _adamw_with("solids")),
+        Wrong("only tensors with two axes decay: those with more do as well.", _adamw_with("planes")),
         Wrong("the corrected moments are handed on: hand on the means as they are.",
               _adamw_with("kept")),
         Wrong("the correction is one step late: the first step is number 1, and it is given as such.",
@@ -132,6 +148,10 @@ ADAMW = Exercise(
         Wrong("a root is missing: the move is divided by the mean square, not by the size.", _adamw_with("no root")),
         Wrong("a missing gradient is taken for one of zeros: such a weight and its moments stay as they are.",
               _adamw_with("missing")),
+        Wrong("a weight decays even where its gradient is missing: such a weight stays as it is.",
+              _adamw_with("still")),
+        Wrong("weights without a gradient are left out of the lists: the others then stand in the wrong places.",
+              _adamw_with("dropped")),
     ),
     hints=(
         "At step 1 with moments of zero and no decay: how far should a weight move, whatever its gradient?",
@@ -235,14 +255,16 @@ def _clip_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     whole = some((5, 3), (7,), (2, 2, 9), scale=3.0)
     whole[1] = whole[1] / 50  # a quiet tensor beside loud ones
     half = [g.bfloat16() for g in some((40, 30), (11,))]
+    signs = [2 * g.sign().bfloat16() for g in some((3, 4), (4,))]  # of norm 8: shortened to 1 without rounding
     return [
         (whole, 1.0),
         (some((4, 3), (2,)), 100.0),
         (some((6, 2), (3,), scale=1e4), 2.5),
         ([*some((3, 4)), None, *some((5,)), None], 0.5),
         (half, 1000.0),
-        (some((3, 2), (4,), scale=1e25), 1.0),
+        (signs, 1.0),
         ([torch.zeros(2, 3), torch.zeros(4)], 1.0),
+        (some((3, 2), (4,), scale=1e25), 1.0),
         ([None], 1.0),
         ([], 2.0),
         ([*some((2, 2)), torch.tensor([1.0, torch.inf])], 1.0),
@@ -269,6 +291,12 @@ def _clip(gradients: Gradients, limit: float, *, fault: str) -> tuple[Gradients,
     if fault == "narrow":
         kept = [g for g in gradients if g is not None]
         norm = math.sqrt(sum(g.square().sum().item() for g in kept))
+    if fault == "fp32":
+        norm = math.sqrt(sum(g.float().square().sum().item() for g in given))
+    if fault == "own norms":
+        norm = torch.stack([g.norm() for g in gradients if g is not None]).norm().item()
+    if fault == "own vector":
+        norm = torch.cat([g.flatten() for g in gradients if g is not None]).norm().item()
     if fault == "sum of norms":
         norm = sum(norms)
     if fault == "mean":
@@ -284,6 +312,8 @@ def _clip(gradients: Gradients, limit: float, *, fault: str) -> tuple[Gradients,
         return _scaled(gradients, limit / max(norm, 1e-6)), norm
     if fault == "unit":
         return _scaled(gradients, min(1.0, 1 / max(norm, 1e-30))), norm
+    if fault == "no limit":
+        return _scaled(gradients, 1 / norm if norm > limit else 1.0), norm
     if fault == "value":
         return [None if g is None else g.clamp(-limit, limit) for g in gradients], norm
     if fault == "per tensor":
@@ -319,10 +349,17 @@ CLIP = Exercise(
         Wrong("the largest number is taken for the norm.", _clip_with("largest")),
         Wrong("the root is missing: that is the squared norm.", _clip_with("squared")),
         Wrong("gradients are shortened to a norm of 1, whatever the limit.", _clip_with("unit")),
+        Wrong("what is longer than the limit is shortened to 1: shorten it to the limit.", _clip_with("no limit")),
         Wrong("the norm is that after clipping: return it as it was before, since that is what one wants to watch.",
               _clip_with("after")),
         Wrong("the squares are summed in the gradients' own dtype: large ones overflow, and bf16 loses digits; "
               "widen first.", _clip_with("narrow")),
+        Wrong("the squares are summed in fp32: those of large numbers overflow to infinity, though the norm does not; "
+              "widen further.", _clip_with("fp32")),
+        Wrong("the norms of the tensors are in their own dtype: bf16 rounds them, large ones overflow, and without any "
+              "tensor there is nothing to join; widen first, and begin from 0.", _clip_with("own norms")),
+        Wrong("the norm of the one long vector is in the gradients' own dtype: bf16 rounds it, large ones overflow; "
+              "and without any tensor there is no vector to make.", _clip_with("own vector")),
         Wrong("a gradient with infinity or NaN in it goes through: raise FloatingPointError before it spoils the "
               "weights.", _clip_with("unseen")),
         Wrong("missing gradients are left out of the list: the others then belong to the wrong weights.",
@@ -349,6 +386,7 @@ def _story_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     for sizes, length in (
         ((5, 4, 9, 3, 3, 6, 11, 2, 2), 10),
         ((3, 3, 8, 4, 4, 5), 7),
+        ((3, 4, 2, 5, 3, 3, 2), 11),  # more than two in a row
         ((4, 7), 12),
         ((2, 2, 2), 1),
         ((6,), 9),
@@ -361,11 +399,12 @@ def _packed_rows(stories: list[list[int]], length: int, *, fault: str = "") -> l
     """Which stories share a row."""
     rows: list[list[list[int]]] = []
     extra = 1 if fault == "tight" else 0
+    room = length - 1 if fault == "never full" else length
     for story in stories:
         takes = len(story) - 1
         open_rows = rows if fault == "first fit" else rows[-1:]
         for row in open_rows if fault != "alone" else []:
-            if sum(len(other) - 1 + extra for other in row) + takes + extra <= length:
+            if sum(len(other) - 1 + extra for other in row) + takes + extra <= room:
                 row.append(story)
                 break
         else:
@@ -390,12 +429,20 @@ def _batch(stories: list[list[int]], length: int, *, fault: str = "") -> tuple[T
         xs = [token for story in row for token in story[:-1]]
         ys = [token for story in row for token in story[1:]]
         who = [i for i, story in enumerate(row) for _ in story[1:]]
+        if fault == "neighbours":
+            who = [i % 2 for i in who]
+        if fault == "equal":
+            who = [row.index(row[i]) for i in who]
+        if fault == "joined":
+            owner[b] = len(row) - 1
         if fault == "border":
             tokens = [token for story in row for token in story]
             who = [i for i, story in enumerate(row) for _ in story][:-1][:length]
             xs, ys = tokens[:-1][:length], tokens[1:][:length]
         if fault == "not shifted":
             ys = xs
+        if fault == "begins":
+            ys = [token for story in row for token in [*story[1:-1], story[0]]]
         if fault == "two ahead":
             ys = [token for story in row for token in [*story[2:], IGNORE]]
         if fault == "no end":
@@ -413,6 +460,8 @@ def _batch(stories: list[list[int]], length: int, *, fault: str = "") -> tuple[T
         return inputs, targets, own & earlier.tril(-1)
     if fault == "blind":
         return inputs, targets, own & earlier & (owner >= 0)[:, :, None]
+    if fault == "itself":
+        return inputs, targets, own & earlier & ((owner >= 0)[:, :, None] | torch.eye(length).bool())
     return inputs, targets, own & earlier
 
 
@@ -433,20 +482,31 @@ BATCHES = Exercise(
         Wrong("targets are two ahead: each asks for the token after the next.", _batch_with("two ahead")),
         Wrong("a target crosses a border: the end of a story asks for the beginning of the next.",
               _batch_with("border")),
+        Wrong("the last target of each story is a BOS: it should be the story's own end.", _batch_with("begins")),
         Wrong("padding is scored: a target behind the last story must be -100.", _batch_with("padding")),
         Wrong("the end of each story is not scored: the model never learns to stop.", _batch_with("no end")),
         Wrong("each story has a row of its own: as many as fit shall share one.", _batch_with("alone")),
         Wrong("stories are cut where a row is full: one that does not fit as a whole begins a new row.",
               _batch_with("cut")),
         Wrong("a story that just fits begins a new row: n tokens need only n - 1 places.", _batch_with("tight")),
+        Wrong("a story that would fill its row to the last place begins a new row: it fits.",
+              _batch_with("never full")),
         Wrong("a story was put into an earlier row that had room: only the newest row is open.",
               _batch_with("first fit")),
+        Wrong("only neighbours are kept apart: the third story of a row may look at the first.",
+              _batch_with("neighbours")),
+        Wrong("stories with the same tokens are taken for one: the second may look at the first.",
+              _batch_with("equal")),
         Wrong("tokens look ahead within their story: the mask is not causal.", _batch_with("future")),
         Wrong("the mask is transposed: the row is the token that looks, the column what it looks at.",
               _batch_with("transposed")),
         Wrong("no token may look at itself: the diagonal belongs to the mask.", _batch_with("diagonal")),
         Wrong("padding may look at nothing: a softmax over nothing is NaN; let it look at padding.",
               _batch_with("blind")),
+        Wrong("padding may look at the last story of its row: for the mask it is a story of its own.",
+              _batch_with("joined")),
+        Wrong("padding may look only at itself: as one more story it looks at the padding before it, too.",
+              _batch_with("itself")),
     ),
     hints=(
         "A story of 5 tokens: how many inputs does it give, and how many targets?",
