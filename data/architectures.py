@@ -59,9 +59,9 @@ class GPT2(nn.Module):
 
 
 class Transformer2017(nn.Module):
-    """Vaswani et al. 2017: an encoder that sees all of the first part, a decoder that writes the
-    second and looks at the encoder's output in every layer; sinusoidal positions; LayerNorm after
-    each part; ReLU."""
+    """Vaswani et al. 2017: an encoder that sees all of the first part, a decoder that reads the
+    whole and writes the second, and looks at the encoder's output in every layer; sinusoidal
+    positions; LayerNorm after each part; ReLU."""
 
     def __init__(self, vocab_size: int):
         super().__init__()
@@ -79,12 +79,12 @@ class Transformer2017(nn.Module):
         return self.tokens(tokens) * math.sqrt(DIM) + self.positions[: tokens.shape[1]]
 
     def forward(self, tokens: Tensor, source: Tensor) -> Tensor:
-        memory, x = self.embed(source), self.embed(tokens)
+        memory, x, filling = self.embed(source), self.embed(tokens), source == 0
         for block in self.blocks["encoder"]:
-            memory = block(memory)
+            memory = block(memory, src_key_padding_mask=filling)
         future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
         for block in self.blocks["decoder"]:
-            x = block(x, memory, tgt_mask=future)
+            x = block(x, memory, tgt_mask=future, memory_key_padding_mask=filling)
         return x @ self.tokens.weight.mT
 
 
