@@ -31,6 +31,7 @@ from tokenizers import AddedToken, Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 ROLES = ("system", "user", "assistant")
+CHATML, LLAMA3_CHAT = ("<|im_start|>", "<|im_end|>"), ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")  # ChatML's and Llama 3's: generation stops here as well as at EOS
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of token: SentencePiece and GGUF agree
 MAX_FILE_BYTES = 200_000_000  # the largest published tokenizer file is a tenth of this
@@ -145,14 +146,19 @@ class Tokenizer:
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> list[int]:
-        """The ids of a conversation in ChatML: `<|im_start|>role⏎content<|im_end|>⏎` for each message.
+        """The ids of a conversation, in ChatML or, with Llama 3's control tokens, in Llama 3's format.
 
+        ChatML: `<|im_start|>role⏎content<|im_end|>⏎` for each message. Llama 3: BOS, then
+        `<|start_header_id|>role<|end_header_id|>⏎⏎content<|eot_id|>`, the content without spaces around it.
         messages: mappings with "role" (system, user or assistant) and "content", which is always plain text.
         reply: open the assistant's turn at the end, for the model to go on. Raises ValueError for anything else.
         """
-        im_start, im_end = self._control.get("<|im_start|>"), self._control.get("<|im_end|>")
-        if im_start is None or im_end is None:
-            raise ValueError("this tokenizer lacks the control tokens <|im_start|> and <|im_end|>, so it has no ChatML")
+        chatml, llama3 = (all(token in self._control for token in marks) for marks in (CHATML, LLAMA3_CHAT))
+        if not (chatml or llama3):
+            raise ValueError(
+                f"this tokenizer lacks the control tokens {' and '.join(CHATML)} of ChatML and those of Llama 3, so it "
+                "has no format for a chat"
+            )
         if not messages:
             raise ValueError("a chat needs at least one message, got none")
         for message in messages:
@@ -163,11 +169,25 @@ class Tokenizer:
             _check_text(message["content"])
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        ids: list[int] = []
+        turn = self._chatml if chatml else self._llama3
+        ids = [self.bos_id] if llama3 and not chatml and self.bos_id is not None else []
         for message in messages:
-            ids += [im_start, *self._encode_text(f"{message['role']}\n{message['content']}"), im_end]
-            ids += self._encode_text("\n")
-        return ids + [im_start, *self._encode_text("assistant\n")] if reply else ids
+            ids += turn(message["role"], message["content"])
+        return ids + turn("assistant", None) if reply else ids
+
+    def _chatml(self, role: str, content: str | None) -> list[int]:
+        """A turn, or with no content its opening."""
+        start, end = (self._control[token] for token in CHATML)
+        if content is None:
+            return [start, *self._encode_text(f"{role}\n")]
+        return [start, *self._encode_text(f"{role}\n{content}"), end, *self._encode_text("\n")]
+
+    def _llama3(self, role: str, content: str | None) -> list[int]:
+        start, header_end, end = (self._control[token] for token in LLAMA3_CHAT)
+        ids = [start, *self._encode_text(role), header_end]
+        if content is None:
+            return ids + self._encode_text("\n\n")
+        return [*ids, *self._encode_text("\n\n" + content.strip()), end]
 
     def _check_id(self, token_id: Any) -> int:
         try:

@@ -39,18 +39,21 @@ def open_tokenizer(folder: Path) -> Tokenizer | None:
     for path in (model, library):
         if path.exists() and path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, expected {MAX_FILE_BYTES} at most.")
+    tokenizer: Tokenizer | None = None
     try:
         if model.exists() and _is_tiktoken(model):
-            return tokenizer_from_gguf(_from_tiktoken(model.read_bytes()))
-        if model.exists():
-            return SentencePieceTokenizer(model)
-        if library.exists():
-            return tokenizer_from_gguf(_from_library(json.loads(library.read_text(encoding="utf-8")), folder))
+            tokenizer = tokenizer_from_gguf(_from_tiktoken(model.read_bytes()))
+        elif model.exists():
+            tokenizer = SentencePieceTokenizer(model)
+        elif library.exists():
+            tokenizer = tokenizer_from_gguf(_from_library(json.loads(library.read_text(encoding="utf-8")), folder))
+        if tokenizer:  # a model may have several ways to end
+            tokenizer.stop_ids |= {i for i in _numbers(folder, "eos_token_id") if i < tokenizer.vocab_size}
     except OSError as error:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the tokenizer in {folder} cannot be used: {str(error).rstrip('.')}.") from None
-    return None
+    return tokenizer
 
 
 def _is_tiktoken(path: Path) -> bool:
@@ -163,7 +166,23 @@ def _ends(folder: Path, tokens: list[str]) -> dict[str, int]:
             if token in tokens:
                 ids[f"{'padding' if name == 'pad' else name}_token_id"] = tokens.index(token)
                 break
+        else:  # some name the ids only
+            numbers = _numbers(folder, f"{name}_token_id")
+            if numbers and numbers[0] < len(tokens):
+                ids[f"{'padding' if name == 'pad' else name}_token_id"] = numbers[0]
     return ids
+
+
+def _numbers(folder: Path, key: str) -> list[int]:
+    """An id, or several, from generation_config.json or else config.json."""
+    for file in ("generation_config.json", "config.json"):
+        path = folder / file
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = settings.get(key) if isinstance(settings, dict) else None
+        found = found if isinstance(found, list) else [found]
+        if found and all(type(i) is int and i >= 0 for i in found):
+            return found
+    return []
 
 
 def _prefixes(file: dict[str, Any]) -> bool:

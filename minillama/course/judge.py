@@ -179,17 +179,18 @@ def _difference(got: Outcome, want: Outcome, tolerance: float) -> str:
     if got.error:
         return f"it raises {got.error}"
     if want.error:
-        return f"it returns {_kind(got.value)}, expected {want.error.partition(':')[0]} to be raised."
+        return f"it returns {_kind(got.value, whole=True)}, expected {want.error.partition(':')[0]} to be raised."
     if got.changed and not want.changed:
         return f"it changes its argument {got.changed[0] + 1} in place: work on a copy."
     return _first_difference(got.value, want.value, tolerance)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any, whole: bool = False) -> str:
+    """What a value is, in words. whole: it is the answer as such, and not a part of it."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
     if value is None:
-        return "None (is a return missing?)"
+        return "None (is a return missing?)" if whole else "None"
     return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"
 
 
@@ -197,7 +198,7 @@ def _first_difference(got: Any, expected: Any, tolerance: float, where: str = ""
     at = f" at {where}" if where else ""
     if isinstance(expected, Tensor):
         if not isinstance(got, Tensor):
-            return f"it returns {_kind(got)}{at}, expected {_kind(expected)}."
+            return f"it returns {_kind(got, not where)}{at}, expected {_kind(expected)}."
         if got.shape != expected.shape:
             turned = expected.dim() > 1 and got.shape == expected.mT.shape
             flipped = " (the last two axes are swapped)" if turned else ""
@@ -209,7 +210,7 @@ def _first_difference(got: Any, expected: Any, tolerance: float, where: str = ""
         return _tensor_difference(got, expected, tolerance) + (f" (This is about {where}.)" if where else "")
     if isinstance(expected, (list, tuple)):
         if not isinstance(got, (list, tuple)):
-            return f"it returns {_kind(got)}{at}, expected {_kind(expected)}."
+            return f"it returns {_kind(got, not where)}{at}, expected {_kind(expected)}."
         for index, (one, other) in enumerate(zip(got, expected, strict=False)):
             if not equal(one, other, tolerance):
                 return _first_difference(one, other, tolerance, f"{where}[{index}]")
@@ -232,7 +233,7 @@ def _first_difference(got: Any, expected: Any, tolerance: float, where: str = ""
         here, there = got[place : place + 20], expected[place : place + 20]
         return f"the texts{at} differ from character {place} on: got {here!r}, expected {there!r}."
     if type(got) is not type(expected) and not (isinstance(expected, float) and isinstance(got, int)):
-        return f"it returns {_kind(got)}{at}, expected {_kind(expected)}."
+        return f"it returns {_kind(got, not where)}{at}, expected {_kind(expected)}."
     return f"it gives {got!r:.60}{at}, expected {expected!r:.60}."
 
 

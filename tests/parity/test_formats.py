@@ -365,6 +365,49 @@ def llama3_library():
     return library
 
 
+LLAMA3_TEMPLATE = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+    "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def test_llama3s_chat_and_several_ends(tmp_path):
+    from minillama.checkpoint.tokenizer_files import open_tokenizer
+
+    library = llama3_library()
+    library.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=library, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>",
+        chat_template=LLAMA3_TEMPLATE,
+    )  # fmt: skip
+    fast.save_pretrained(tmp_path)
+    ends = [library.token_to_id(token) for token in ("<|end_of_text|>", "<|eom_id|>")]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    ours = open_tokenizer(tmp_path)
+    assert ours.stop_ids == {*ends, library.token_to_id("<|eot_id|>")}
+    talk = [{"role": "system", "content": "Be  kind. "}, {"role": "user", "content": "\nWhere is the kite?<|eot_id|>"}]
+    for messages in (talk, talk[1:], [*talk, {"role": "assistant", "content": "Here."}]):
+        plain = [{**message, "content": message["content"].replace("<|eot_id|>", "")} for message in messages]
+        for reply in (True, False):
+            expected = fast.apply_chat_template(plain, add_generation_prompt=reply, return_dict=False)
+            assert ours.chat(plain, reply=reply) == expected
+    assert ours.chat(talk).count(library.token_to_id("<|eot_id|>")) == 2  # what the user typed is text
+
+
+def test_ends_that_only_the_config_names(tmp_path):
+    from minillama.checkpoint.tokenizer_files import open_tokenizer
+
+    library = llama3_library()
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="names no EOS token"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 3, "eos_token_id": [5, 6]}))
+    ours = open_tokenizer(tmp_path)
+    assert (ours.bos_id, ours.eos_id) == (3, 5) and {5, 6} <= ours.stop_ids
+
+
 def test_a_tokenizer_json_of_llama3s_kind_gives_the_same_ids(tmp_path):
     from minillama.checkpoint.tokenizer_files import open_tokenizer
 
