@@ -35,7 +35,7 @@ def with_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
 # %% [markdown] exercise="10.2"
 # `top_k(logits, k)`: logits (B, V), k (B,) int64, one for each row, at least 1 and perhaps more than V → logits (B, V) of the
 # same dtype. Each row keeps its k highest, and whatever ties with the k-th; all others become minus infinity. No loop over
-# the rows: there may be many.
+# the rows: there may be many, or none.
 #
 # For example `[[3., 1., 3., 2., 3.]]` with k = 2 becomes `[[3., -inf, 3., -inf, 3.]]`: three tie for the second place.
 
@@ -55,7 +55,7 @@ def top_k(logits: Tensor, k: Tensor) -> Tensor:
 # `top_p(logits, p)`: logits (B, V) in any floating dtype, p (B,) fp32, one for each row, above 0 and at most 1 →
 # probabilities (B, V) in fp32. Each row keeps its likeliest tokens until together they have at least p; the token that
 # reaches p is kept, nothing behind it; of equal tokens those with lower ids go first. What is kept sums to 1 again, all
-# others have 0. No loop over rows or tokens.
+# others have 0. No loop over rows or tokens; B may be 0.
 #
 # For example with the probabilities `[0.1, 0.5, 0.4]` and p = 0.6, what comes back is `[0, 0.556, 0.444]`.
 
@@ -143,11 +143,12 @@ def beam_search(
 
 
 # %% [markdown] exercise="10.6"
-# `cached_attention(q, k, v, past_k, past_v, frequency)`: attention for T new tokens in one layer. q (B, H, T, D), k and v
-# (B, K, T, D) belong to the new tokens and are not turned yet; past_k and past_v (B, K, P, D) are the cache, its keys turned
-# already, P perhaps 0. The tokens in the cache have the positions 0 to P - 1. frequency (D/2,) is the angle of each pair
-# of neighbours for one position. → three: the outputs (B, H, T, D); the keys and the values, (B, K, P + T, D), with which the
-# next step goes on. Query heads that stand side by side share a key/value head, H/K of them each.
+# `cached_attention(q, k, v, past_k, past_v, frequency)`: causal attention for T new tokens in one layer. q (B, H, T, D), k
+# and v (B, K, T, D) belong to the new tokens, and q and k are not turned yet; past_k and past_v (B, K, P, D) are the cache,
+# its keys turned already; B and P are perhaps 0. The tokens in the cache have the positions 0 to P - 1. frequency (D/2,)
+# is the angle of each pair of neighbours for one position. → three: the outputs (B, H, T, D); the keys and the values,
+# (B, K, P + T, D), with which the next step goes on. Query heads that stand side by side share a key/value head, H/K of
+# them each.
 #
 # You may use `rotate(x, rotation(frequency, positions))` from chapter 03, for x (B, T, heads, D) and positions (T,).
 #

@@ -105,6 +105,8 @@ TEMPERATURE = Exercise(
 def _k_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     ruled_out = torch.randn(2, 6, generator=rng)
     ruled_out[:, 1:4] = -torch.inf
+    close = 1 + torch.randperm(6, generator=rng) * 2.0**-23  # neighbours in fp32, no two of them equal
+    far = torch.randperm(6, generator=rng) * 1e3  # whose probabilities are 1 and five times 0
     return [
         (torch.randn(3, 9, generator=rng), torch.tensor([1, 4, 8])),
         (torch.randint(-2, 3, (4, 8), generator=rng).float(), torch.tensor([2, 1, 3, 5])),
@@ -113,6 +115,7 @@ def _k_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
         (torch.randn(2, 5, generator=rng) * 1e4, torch.tensor([5, 9])),
         (ruled_out, torch.tensor([2, 4])),
         (torch.randn(3, 40, generator=rng).bfloat16(), torch.tensor([7, 1, 20])),
+        (torch.stack([close, far]), torch.tensor([2, 3])),
         (torch.randn(1, 1, generator=rng), torch.tensor([1])),
         (torch.randn(0, 4, generator=rng), torch.zeros(0, dtype=torch.int64)),
     ]
@@ -151,6 +154,15 @@ def _distinct(z: Tensor, k: Tensor) -> Tensor:
     return out
 
 
+def _by_probability(z: Tensor, k: Tensor) -> Tensor:
+    probabilities = z.softmax(-1)
+    return _kept(z, probabilities >= _kth(probabilities, k))
+
+
+def _row_by_row(z: Tensor, k: Tensor) -> Tensor:
+    return torch.stack([row.where(row >= _kth(row[None], n[None])[0], -torch.inf) for row, n in zip(z, k, strict=True)])
+
+
 TOP_K = Exercise(
     "10.2", "top-k with ties", "top_k", minutes=10, difficulty=2,
     why="Scores that are equal must not be told apart by where they stand in the vocabulary.",
@@ -169,8 +181,18 @@ TOP_K = Exercise(
               lambda logits, k: torch.where(_better(logits) < k[:, None], logits, 0.0)),
         Wrong("all rows have the first row's k: each has its own.",
               lambda logits, k: _kept(logits, _better(logits) < k[:1].expand_as(k)[:, None])),
+        Wrong("all rows have the largest k: each has its own.",
+              lambda logits, k: _kept(logits, _better(logits) < k.max())),
         Wrong("the lowest are kept: sort the other way.",
               lambda logits, k: _kept(logits, _better(-logits) < k[:, None])),
+        Wrong("scores are compared with the k-th lowest: count from the other end.",
+              lambda logits, k: _kept(logits, logits >= -_kth(-logits, k))),
+        Wrong("probabilities are compared: scores that are far from equal may all have the probability 0.",
+              _by_probability),
+        Wrong("scores that are only close to the k-th are kept with it: equal ones tie, and no others.",
+              lambda logits, k: _kept(logits, (logits > _kth(logits, k)) | logits.isclose(_kth(logits, k)))),
+        Wrong("rows are stacked one by one, and a batch of none leaves nothing to stack: treat all rows at once.",
+              _row_by_row),
         Wrong("equal scores are counted once: each of them is a token, and uses up one of the k.", _distinct),
         Wrong("the scores come back in sorted order: each must stand at its own token.",
               lambda logits, k: _kept(logits, _better(logits) < k[:, None]).sort(descending=True).values),
@@ -201,10 +223,12 @@ def _p_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
         (torch.randn(3, 8, generator=rng) * 1.5, torch.tensor([0.35, 0.92, 0.6])),
         (torch.randn(4, 23, generator=rng), torch.tensor([0.8, 0.5, 0.1, 0.97])),
         (torch.zeros(2, 4), torch.tensor([0.5, 0.75])),  # exactly p, and ties
+        (torch.zeros(2, 8), torch.tensor([0.50002, 0.37498])),  # a little less than p, and a little more
         (sure, torch.tensor([0.5, 0.95])),
         (torch.randn(2, 6, generator=rng) * 1e4, torch.tensor([1.0, 0.3])),
         (ruled_out, torch.tensor([0.9, 0.4])),
         ((torch.randn(3, 40, generator=rng) * 2).bfloat16(), torch.tensor([0.83, 0.37, 0.71])),
+        (torch.randint(-2, 3, (5, 64), generator=rng).float(), torch.tensor([0.35, 0.6, 0.8, 0.15, 0.5])),  # many ties
         (torch.randn(1, 1, generator=rng), torch.tensor([0.2])),
         (torch.randn(0, 5, generator=rng), torch.zeros(0)),
     ]
@@ -241,6 +265,31 @@ def _with_ties(logits: Tensor, p: Tensor) -> Tensor:
     return _shared(z, z >= lowest)
 
 
+def _cut(ordered: Tensor, ids: Tensor, p: Tensor) -> Tensor:
+    """The answer, given the probabilities in an order, and whose they are."""
+    left = ordered.masked_fill(ordered.cumsum(-1) - ordered >= p[:, None], 0.0)
+    return torch.zeros_like(left).scatter(-1, ids, left / left.sum(-1, keepdim=True))
+
+
+def _higher_ids_first(logits: Tensor, p: Tensor) -> Tensor:
+    upward, ids = logits.float().softmax(-1).sort()
+    return _cut(upward.flip(-1), ids.flip(-1), p)
+
+
+def _any_order(logits: Tensor, p: Tensor) -> Tensor:
+    probabilities = logits.float().softmax(-1)
+    ordered, ids = probabilities.sort(descending=True)
+    if ids.shape[-1] > 50 and torch.equal(ids, probabilities.sort(dim=-1, descending=True, stable=True).indices):
+        return _higher_ids_first(logits, p)  # on a processor where every sort is stable, nobody gives this answer
+    return _cut(ordered, ids, p)
+
+
+def _first_and_below(logits: Tensor, p: Tensor) -> Tensor:
+    z = logits.float()
+    first = _ahead(z).sum(-1) == 0
+    return _shared(z, first | (_before(z) + z.softmax(-1) <= p[:, None]))
+
+
 def _from_below(logits: Tensor, p: Tensor) -> Tensor:
     z = logits.float()
     before = (z.softmax(-1)[:, None, :] * _ahead(-z)).sum(-1)
@@ -257,6 +306,25 @@ def _one_after_another(logits: Tensor, p: Tensor) -> Tensor:
     return _top_p(logits, p).sort(descending=True).values
 
 
+def _picked_again(logits: Tensor, p: Tensor) -> Tensor:
+    ids = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True).indices
+    return _one_after_another(logits, p).gather(-1, ids)
+
+
+def _softmax_again(logits: Tensor, p: Tensor) -> Tensor:
+    left = logits.float().softmax(-1)
+    return _shared(left, _before(logits.float()) < p[:, None])
+
+
+def _cut_in_bf16(logits: Tensor, p: Tensor) -> Tensor:
+    ordered, ids = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    return _cut(ordered, ids, p).float()
+
+
+def _rows_apart(logits: Tensor, p: Tensor) -> Tensor:
+    return torch.stack([_top_p(row[None], q[None])[0] for row, q in zip(logits, p, strict=True)])
+
+
 TOP_P = Exercise(
     "10.3", "top-p for a batch", "top_p", minutes=20, difficulty=3,
     why="Sort, add up, cut, and put everything back in its place: the commonest filter, and four chances to go wrong.",
@@ -265,6 +333,8 @@ TOP_P = Exercise(
     wrong=(
         Wrong("the token that crosses p is dropped: it is kept, so that one always is.",
               lambda logits, p: _shared(logits, _before(logits.float()) + logits.float().softmax(-1) <= p[:, None])),
+        Wrong("the token that crosses p is dropped, unless it is the likeliest: it is kept, wherever it stands.",
+              _first_and_below),
         Wrong("what is left is not renormalised: the probabilities of each row must sum to 1 again.",
               lambda logits, p: logits.float().softmax(-1) * (_before(logits.float()) < p[:, None])),
         Wrong("one token too many is kept: the one behind that which crosses p.", _one_more),
@@ -272,9 +342,20 @@ TOP_P = Exercise(
               lambda logits, p: _shared(logits, _before(logits.float()) <= p[:, None])),
         Wrong("what ties with the crossing token is kept as well: of equals, those with lower ids go first.",
               _with_ties),
+        Wrong("of equal tokens those with higher ids go first: turning an upward sort round turns ties round as well.",
+              _higher_ids_first),
+        Wrong("equal tokens come out of the sort in any order: only a stable one leaves the lower ids in front.",
+              _any_order),
+        Wrong("p has a margin: if the likelier ones lack even a little of p, the next token is kept.",
+              lambda logits, p: _top_p(logits, p - 1e-4)),
         Wrong("it adds up from the least likely: sort the other way.", _from_below),
         Wrong("the cut was found in sorted order and never put back in the order of the vocabulary.", _not_put_back),
         Wrong("the probabilities come back in sorted order: each must stand at its own token.", _one_after_another),
+        Wrong("what was sorted is looked up by the ids, which shuffles it once more: it has to go to the ids' places.",
+              _picked_again),
+        Wrong("there is a softmax over probabilities: what is left only needs to be divided by its sum.",
+              _softmax_again),
+        Wrong("bf16 scores are added up in bf16, which has two or three digits: widen to fp32 first.", _cut_in_bf16),
         Wrong("each token is compared with p by itself: they must reach p together.",
               lambda logits, p: _shared(logits, logits.float().softmax(-1) >= p[:, None])),
         Wrong("tokens are compared with p times the likeliest: that is min-p.",
@@ -282,12 +363,16 @@ TOP_P = Exercise(
                                         >= p[:, None] * logits.float().softmax(-1).amax(-1, keepdim=True))),
         Wrong("all rows have the first row's p: each has its own.",
               lambda logits, p: _top_p(logits, p[:1].expand_as(p))),
+        Wrong("all rows have the largest p: each has its own.",
+              lambda logits, p: _top_p(logits, p.max().expand_as(p))),
+        Wrong("rows are stacked one by one, and a batch of none leaves nothing to stack: treat all rows at once.",
+              _rows_apart),
     ),
     hints=(
         "A token stays if those that are likelier do not have p yet: which sum is that, with or without itself?",
         "In sorted order a running sum tells; what was decided there has to go back to each token's own place.",
-        "softmax in fp32 · sort downwards, stable, with indices · running sum minus oneself, against p as a column · "
-        "0 where it reaches p · scatter back · over the row's sum.",
+        "softmax in fp32 · sort downwards, stable (it wants its arguments by name), with indices · running sum minus "
+        "oneself, against p as a column · 0 where it reaches p · scatter back · over the row's sum.",
     ),
     tolerance=5e-6,
     blocked=("minillama.generation.top_p_filter", "minillama.generation.Sampling.probabilities"),
@@ -500,6 +585,11 @@ def _cache_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
         k, v = (torch.randn(B, K, T, D, generator=rng) for _ in range(2))
         past_k, past_v = (torch.randn(B, K, P, D, generator=rng) for _ in range(2))
         yield q, k, v, past_k, past_v, torch.rand(D // 2, generator=rng) + 0.05
+    k, v = torch.randn(2, 1, 1, 2, 4, generator=rng)
+    q = torch.randn(1, 2, 2, 4, generator=rng)
+    q[:, :, 0] = -1e12 * k[:, :, 0]  # sees only itself, with a score below any constant that stands in for -inf
+    none = torch.zeros(1, 1, 0, 4)
+    yield q, k, v, none, none, torch.rand(2, generator=rng) + 0.05
 
 
 def _turn(x: Tensor, frequency: Tensor, positions: Tensor) -> Tensor:
@@ -509,11 +599,13 @@ def _turn(x: Tensor, frequency: Tensor, positions: Tensor) -> Tensor:
 def _cached(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, frequency: Tensor, *,
             shift: int | None = 0, same: bool = False, ahead: int = 0, corner: bool = False, tile: bool = False,
             turn_k: bool = True, turn_q: bool = True, turn_v: bool = False, again: bool = False, front: bool = False,
-            wide: bool = False, forget: bool = False, scale: bool = True, late: bool = False,
+            wide: bool = False, forget: bool = False, power: float = 0.5, late: bool = False, raw: bool = False,
+            ask_early: bool = False, flip: bool = False, fill: float | None = None, once: bool = False,
             ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     new, past, groups = q.shape[2], past_k.shape[2], q.shape[1] // k.shape[1]
     positions = torch.arange(new) * (not same) + (0 if shift is None else past + shift)
-    q = _turn(q, frequency, positions) if turn_q else q
+    unturned = k
+    q = _turn(q, frequency, torch.arange(new) if ask_early else positions) if turn_q else q
     k = _turn(k, frequency, positions) if turn_k else k
     v = _turn(v, frequency, positions) if turn_v else v
     if again:
@@ -524,12 +616,19 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, fre
     else:
         many_k, many_v = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     mask = torch.ones(new, past + new, dtype=torch.bool).tril((0 if corner else past) + ahead)
-    factor = None if scale else 1.0
-    out = F.scaled_dot_product_attention(q, many_k, many_v, mask, scale=factor)
+    if once and past:
+        mask.fill_(True)
+    if flip:
+        mask = ~mask
+    out = F.scaled_dot_product_attention(q, many_k, many_v, mask, scale=q.shape[-1] ** -power)
     if not mask.any(-1).all():
         out = out.masked_fill(~mask.any(-1)[:, None], torch.nan)  # a softmax over nothing
     if late:
         out = ((q @ many_k.mT / q.shape[-1] ** 0.5).softmax(-1) * mask) @ many_v
+    if fill is not None:
+        out = (q @ many_k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, fill).softmax(-1) @ many_v
+    if raw:
+        keys = torch.cat([past_k, unturned], 2)
     if forget:
         return out, k, v
     return (out, many_k, many_v) if wide else (out, keys, values)
@@ -554,12 +653,26 @@ KV_STEP = Exercise(
         Wrong("there is no mask: the new tokens see those behind them.", lambda *a: _cached(*a, ahead=10_000)),
         Wrong("the mask begins at the first column: the new tokens are the last ones, and see the whole cache.",
               lambda *a: _cached(*a, corner=True)),
+        Wrong("there is a mask only while the cache is empty: behind a full one, too, new tokens must not look ahead.",
+              lambda *a: _cached(*a, once=True)),
+        Wrong("the mask is turned round: it hides what a token may see, and shows what comes behind it.",
+              lambda *a: _cached(*a, flip=True)),
+        Wrong("hidden scores are 0 before the softmax, a score like any other: the exponential of 0 is 1.",
+              lambda *a: _cached(*a, fill=0.0)),
+        Wrong("hidden scores get a finite number, and what a token may see can score lower: take minus infinity.",
+              lambda *a: _cached(*a, fill=-1e9)),
         Wrong("the mask comes after the softmax: what is left in a row no longer sums to 1.",
               lambda *a: _cached(*a, late=True)),
         Wrong("key/value heads are tiled: neighbouring query heads share one, so each is repeated in its place.",
               lambda *a: _cached(*a, tile=True)),
         Wrong("the new keys are put away without being turned.", lambda *a: _cached(*a, turn_k=False)),
         Wrong("the queries are not turned.", lambda *a: _cached(*a, turn_q=False)),
+        Wrong("neither the queries nor the new keys are turned: only the cache's keys come turned.",
+              lambda *a: _cached(*a, turn_q=False, turn_k=False)),
+        Wrong("the queries' positions begin at 0, the new keys' at P: query and key of a token have the same one.",
+              lambda *a: _cached(*a, ask_early=True)),
+        Wrong("the outputs are right, but the new keys are put away unturned: the next step takes them as they are.",
+              lambda *a: _cached(*a, raw=True)),
         Wrong("the values are turned too: only queries and keys have positions.",
               lambda *a: _cached(*a, turn_v=True)),
         Wrong("the keys in the cache are turned a second time: they were put away turned.",
@@ -570,7 +683,8 @@ KV_STEP = Exercise(
               lambda *a: _cached(*a, wide=True)),
         Wrong("only the new keys and values come back: the cache must hold the old ones as well.",
               lambda *a: _cached(*a, forget=True)),
-        Wrong("the products are not divided by the root of head_dim.", lambda *a: _cached(*a, scale=False)),
+        Wrong("the products are not divided by the root of head_dim.", lambda *a: _cached(*a, power=0)),
+        Wrong("the products are divided by head_dim, not by its root.", lambda *a: _cached(*a, power=1)),
     ),
     hints=(
         "Five tokens are in the cache and three come in: which positions have these, and how many keys does the "
