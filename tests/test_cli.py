@@ -676,7 +676,8 @@ def test_chat_needs_chat_tokens(run: Run, tmp_path: Path) -> None:
     plain = BPETokenizer({**{f"tokenizer.ggml.{k}": v for k, v in fields.items()}, "tokenizer.ggml.eos_token_id": 256})
     save(tiny_model(plain), plain, tmp_path / "plain")
     assert_one_sentence(
-        run("chat", "--checkpoint", tmp_path / "plain", stdin=b"hello\n"), r"lacks the control tokens .* no format for a chat"
+        run("chat", "--checkpoint", tmp_path / "plain", stdin=b"hello\n"),
+        r"lacks the control tokens .* no format for a chat",
     )
     assert_one_sentence(run("generate", "--checkpoint", tmp_path / "plain"), "has no BOS token")
 
