@@ -96,7 +96,8 @@ def equal(got: Any, expected: Any, tolerance: float) -> bool:
             and all(equal(got[key], expected[key], tolerance) for key in expected)
         )
     if isinstance(expected, float) and isinstance(got, (int, float)) and not isinstance(got, bool):
-        return _near(torch.tensor(float(got)).double(), torch.tensor(expected).double(), tolerance)
+        wide = torch.float64
+        return _near(torch.tensor(float(got), dtype=wide), torch.tensor(expected, dtype=wide), tolerance)
     return type(got) is type(expected) and bool(got == expected)
 
 
