@@ -21,7 +21,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
         _check_archive(path)
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # the readers of archives and pickles trip over damage in many ways
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
             raise ValueError(f"{path} holds more than weights, and could run code: do not use it.") from None
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"cannot read {path}: {reason:.300}; get the checkpoint again.") from None

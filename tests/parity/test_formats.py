@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import os
 import pickle
 import random
 import zipfile
@@ -152,19 +153,20 @@ def test_an_index_cannot_leave_the_folder(tmp_path):
 class Canary:
     """Runs when it is unpickled by whoever is careless."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, call=Path.touch):
+        self.path, self.call = path, call
 
     def __reduce__(self):
-        return (Path.touch, (self.path,))
+        return (self.call, (self.path,))
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+@pytest.mark.parametrize("call", [Path.touch, os.mkdir, eval], ids=["touch", "mkdir", "eval"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(call, tmp_path):
     folder, canary = tmp_path / "model", tmp_path / "canary"
     _, other = pair_of_models(BASE)
     other.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    torch.save({**other.state_dict(), "model.norm.weight": Canary(canary)}, folder / "pytorch_model.bin")
+    torch.save({**other.state_dict(), "model.norm.weight": Canary(canary, call)}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="could run code"):
         load(folder)
     with open(folder / "pytorch_model.bin", "wb") as file:
