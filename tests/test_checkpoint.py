@@ -3,6 +3,7 @@
 The model is asymmetric: 6 query heads on 2 KV heads, head_dim 16 where dim / heads is no whole number.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,9 +25,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minillama.checkpoint import gguf_file, load, native, save
+from minillama.checkpoint import export, gguf_file, load, native, save, save_huggingface
 from minillama.config import LinearScaling, Llama3Scaling, ModelConfig
 from minillama.model import Llama
+from minillama.quantize import quantize
 from minillama.rope import frequencies
 from minillama.tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -191,33 +193,86 @@ class Died(BaseException):
     """Stands for the end of the process: nothing is tidied up."""
 
 
+@pytest.fixture
+def dies_at(monkeypatch: pytest.MonkeyPatch):
+    """A context in which the nth step on the disk, and all after it, do not happen."""
+
+    @contextlib.contextmanager
+    def context(nth: int):
+        calls = 0
+
+        def dying(function):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls >= nth:
+                    raise Died
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            steps = ((os, "fsync"), (os, "rename"), (native, "save_file"), (export, "save_file"), (shutil, "rmtree"))
+            for module, name in steps:
+                patch.setattr(module, name, dying(getattr(module, name)))
+            with pytest.raises(Died):
+                yield
+
+    return context
+
+
 @pytest.mark.parametrize("nth", range(1, 11))
 def test_a_save_that_dies_anywhere_leaves_the_old_or_the_new_checkpoint(
-    nth: int, folder: Path, model: Llama, monkeypatch: pytest.MonkeyPatch
+    nth: int, folder: Path, model: Llama, dies_at
 ) -> None:
-    new, calls = random_model(dataclasses.replace(CONFIG, n_layers=1)), 0
-
-    def dying(function):
-        def call(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls >= nth:
-                raise Died
-            return function(*args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for module, name in ((os, "fsync"), (os, "rename"), (native, "save_file"), (shutil, "rmtree")):
-            patch.setattr(module, name, dying(getattr(module, name)))
-        with pytest.raises(Died):
-            save(new, None, folder)
+    new = random_model(dataclasses.replace(CONFIG, n_layers=1))
+    with dies_at(nth):
+        save(new, None, folder)
     again, _ = load(folder)
     assert again.config.n_layers in (1, 2)
     assert_same_weights(again, new if again.config.n_layers == 1 else model)
     save(new, None, folder)  # and the next one works
     assert_same_weights(load(folder)[0], new)
     assert not (folder.parent / ".checkpoint.minillama-previous").exists()
+
+
+@pytest.mark.parametrize("nth", range(1, 10))
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "none"])
+def test_an_export_that_dies_anywhere_leaves_all_of_it_or_nothing(nth, empty, tmp_path, model, dies_at) -> None:
+    folder = tmp_path / "out"
+    if empty:
+        folder.mkdir()
+    with dies_at(nth):
+        save_huggingface(model, None, folder)
+    if folder.exists() and any(folder.iterdir()):
+        assert nth > 6  # after the three files, their folder, and at least one renaming
+        assert_same_weights(load(folder)[0], model)
+    else:
+        assert nth < 9
+        save_huggingface(model, None, folder)  # and the next one works
+        assert_same_weights(load(folder)[0], model)
+
+
+def test_an_export_does_not_remove_what_a_save_that_died_left(folder: Path, model: Llama, dies_at) -> None:
+    with dies_at(7):  # the second renaming: the earlier checkpoint is there under its other name only
+        save(random_model(), None, folder)
+    assert not folder.exists()
+    before = snapshot(folder.parent)
+    with pytest.raises(ValueError, match="is there and not an empty folder"):
+        save_huggingface(model, None, folder)
+    assert snapshot(folder.parent) == before
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("write", [save, save_huggingface])
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "quantized"])
+def test_a_model_in_8_or_4_bits_is_not_saved_without_its_weights(kind, write, loaded, folder, tmp_path) -> None:
+    model = load(folder, dtype=kind)[0] if loaded else quantize(random_model(), kind)
+    before = snapshot(tmp_path)
+    for place in (tmp_path / "deep" / "new", folder):
+        with pytest.raises(ValueError, match="weights are in 8 or 4 bits, and a checkpoint holds floating-point"):
+            write(model, None, place)
+    assert snapshot(tmp_path) == before and not (tmp_path / "deep").exists()
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(folder: Path, tokenizer, monkeypatch) -> None:

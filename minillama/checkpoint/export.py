@@ -2,14 +2,14 @@
 
 import json
 import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
+from minillama.checkpoint.files import new_folder
 from minillama.checkpoint.names import HUGGING_FACE, HUGGING_FACE_CONFIG, expand
+from minillama.checkpoint.native import check_floats, find
 from minillama.config import LinearScaling, Llama3Scaling, ModelConfig
 from minillama.model import Llama
 from minillama.rope import pairs_to_halves
@@ -22,32 +22,27 @@ def save_huggingface(model: Llama, tokenizer: Tokenizer | None, folder: str | Pa
     `transformers` opens it and gives the same logits. Raises ValueError if the folder is there and not empty.
     """
     folder = Path(os.path.realpath(folder))
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is there and not empty: choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        config = config_for(model.config, str(model.embedding.weight.dtype).removeprefix("torch."), tokenizer)
-        _write_json(temporary / "config.json", config)
-        ends: dict[str, Any] = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    check_floats(model)
+    there = find(folder)
+    if there.exists() and not (there.is_dir() and not any(there.iterdir())):
+        raise ValueError(f"{there} is there and not an empty folder: choose another folder.")
+    config = config_for(model.config, str(model.embedding.weight.dtype).removeprefix("torch."), tokenizer)
+    ends: dict[str, Any] = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    if tokenizer:
+        ends["eos_token_id"] = sorted(tokenizer.stop_ids)
+    theirs = {ours: name for name, ours in expand(HUGGING_FACE, model.config.n_layers).items()}
+    weights = {}
+    for name, weight in model.named_parameters():
+        turned = name.endswith(("wq.weight", "wk.weight"))
+        rows = pairs_to_halves(weight.detach(), model.config.head_dim) if turned else weight.detach()
+        weights[theirs[name]] = rows.contiguous()
+    with new_folder(folder) as new:
+        _write_json(new / "config.json", config)
+        _write_json(new / "generation_config.json", ends)
+        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "model.safetensors").chmod((new / "config.json").stat().st_mode)  # the library lets only the owner read
         if tokenizer:
-            ends["eos_token_id"] = sorted(tokenizer.stop_ids)
-        _write_json(temporary / "generation_config.json", ends)
-        theirs = {ours: name for name, ours in expand(HUGGING_FACE, model.config.n_layers).items()}
-        weights = {}
-        for name, weight in model.named_parameters():
-            turned = name.endswith(("wq.weight", "wk.weight"))
-            rows = pairs_to_halves(weight.detach(), model.config.head_dim) if turned else weight.detach()
-            weights[theirs[name]] = rows.contiguous()
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        if tokenizer:
-            _write_tokenizer(tokenizer, temporary)
-        if folder.exists():
-            folder.rmdir()
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _write_tokenizer(tokenizer, new)
 
 
 def config_for(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None = None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 Its query and key rows lie in halves, ours in pairs (chapter 03), so they move as they are read.
 """
 
-import json
 import os
 from dataclasses import replace
 from functools import partial
@@ -13,13 +12,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minillama.checkpoint.files import read_json
 from minillama.checkpoint.names import HUGGING_FACE, HUGGING_FACE_CONFIG, Checkpoint, Stored, expand
 from minillama.checkpoint.tokenizer_files import open_tokenizer
 from minillama.checkpoint.torch_file import dtype_name, open_tensors
 from minillama.config import LinearScaling, Llama3Scaling, ModelConfig
 from minillama.rope import halves_to_pairs
 
-MAX_JSON_BYTES = 2**24
 DTYPES = {"F32", "BF16", "F16"}  # safetensors' names
 
 # Settings that make another model of it, and the values that do not.
@@ -28,7 +27,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (None,), "partial_rotary_factor": (1, 1.0, None), "quantization_config": (None,),
     "use_qk_norm": (False, None), "no_rope_layers": (None,), "attn_logit_softcapping": (None,),
     "embedding_multiplier": (1, 1.0, None), "logits_scaling": (1, 1.0, None), "residual_multiplier": (1, 1.0, None),
-    "attention_multiplier": (None,), "is_decoder": (True, None), "add_cross_attention": (False, None),
+    "attention_multiplier": (None,),
 }  # fmt: skip
 
 
@@ -43,8 +42,9 @@ def is_huggingface(folder: Path) -> bool:
 def open_huggingface(folder: Path) -> Checkpoint:
     """Read all but the weights. Raises ValueError for a folder that is damaged or holds another kind of model."""
     path = folder / "config.json"
+    settings = read_json(path)
     try:
-        config = config_from(read_json(path))
+        config = config_from(settings)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).rstrip('.')}.") from None
     names = expand(HUGGING_FACE, config.n_layers)
@@ -104,21 +104,6 @@ def _scaling(rope: dict[str, Any], context: int) -> LinearScaling | Llama3Scalin
         return LinearScaling(rope.get("factor"))  # type: ignore[arg-type]  # checked there
     values = [rope.get(key) for key in ("factor", "low_freq_factor", "high_freq_factor")]
     return Llama3Scaling(*values, rope.get("original_max_position_embeddings", context))  # type: ignore[call-arg,arg-type]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size. Raises ValueError."""
-    try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise ValueError(f"it has {size} bytes, expected {MAX_JSON_BYTES} at most")
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}, expected an object")
-        return value
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).rstrip('.')}.") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

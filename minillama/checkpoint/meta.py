@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minillama.checkpoint.huggingface import read_json
+from minillama.checkpoint.files import read_json
 from minillama.checkpoint.names import META, Checkpoint, Stored, expand
 from minillama.checkpoint.tokenizer_files import open_tokenizer
 from minillama.checkpoint.torch_file import dtype_name, open_tensors
@@ -38,8 +38,9 @@ def open_meta(folder: Path) -> Checkpoint:
             raise ValueError(f"{file} and {files[0].name} do not have the same tensors: {odd[0]!r:.80} is in one only.")
     tokenizer = open_tokenizer(folder)
     path = folder / "params.json"
+    params = read_json(path)
     try:
-        config = _config(read_json(path), shards, tokenizer)
+        config = _config(params, shards, tokenizer)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).rstrip('.')}.") from None
     names, shapes = expand(META, config.n_layers), _shapes(config)

@@ -5,8 +5,6 @@ It is there as a whole or not at all: it is written beside its place, and rename
 
 import json
 import os
-import secrets
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minillama.checkpoint.files import new_folder, previous
 from minillama.checkpoint.names import Checkpoint, Stored
 from minillama.config import ModelConfig
 from minillama.model import Llama
@@ -31,25 +30,23 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     ValueError is raised.
     """
     folder = Path(os.path.realpath(folder))
+    check_floats(model)
     _check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        (temporary / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary / WEIGHTS)
-        (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)  # the library lets only the owner read
+    with new_folder(folder) as new:
+        (new / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, new / WEIGHTS)
+        (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # the library lets only the owner read
         if tokenizer is not None:
-            tokenizer.save(temporary)
-        _sync(*temporary.iterdir(), temporary)
-        if folder.exists():
-            shutil.rmtree(_previous(folder), ignore_errors=True)
-            os.rename(folder, _previous(folder))
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sync(folder.parent)
-    shutil.rmtree(_previous(folder), ignore_errors=True)
+            tokenizer.save(new)
+
+
+def check_floats(model: Llama) -> None:
+    """Raise ValueError for a quantized model: its weights are no longer parameters, and no format here has a place."""
+    if not model.embedding.weight.is_floating_point():
+        raise ValueError(
+            "the model's weights are in 8 or 4 bits, and a checkpoint holds floating-point numbers: load it in "
+            "float32, or save it before it is quantized."
+        )
 
 
 def open_native(folder: Path) -> Checkpoint:
@@ -99,18 +96,7 @@ def _check_free(folder: Path) -> None:
         raise ValueError(f"{folder} is there, and not a checkpoint of ours ({error}); save elsewhere.") from None
 
 
-def _previous(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.minillama-previous")
-
-
 def find(folder: Path) -> Path:
     """Where the checkpoint is: in `folder`, or beside it when a save was killed between its two renames."""
-    previous = _previous(Path(os.path.realpath(folder)))
-    return previous if os.path.exists(previous) and not os.path.exists(folder) else folder
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths if os.name == "posix" else ():  # Windows cannot sync a folder
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    old = previous(Path(os.path.realpath(folder)))
+    return old if os.path.exists(old) and not os.path.exists(folder) else folder

@@ -102,6 +102,35 @@ def test_the_config_files_of_earlier_releases_mean_the_same():
     assert config_from(plain) == dataclasses.replace(config_from(old), rope_theta=1e4, rope_scaling=None)
 
 
+def test_a_config_that_transformers_4_wrote_in_full_is_read():
+    """With all that its PretrainedConfig has for any model, of which most says nothing about a LLaMA."""
+    config = {
+        "vocab_size": 99, "max_position_embeddings": 4096, "hidden_size": 64, "intermediate_size": 160,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
+        "initializer_range": 0.02, "rms_norm_eps": 1e-5, "pretraining_tp": 1, "use_cache": True, "rope_theta": 1e4,
+        "rope_scaling": None, "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "head_dim": 16,
+        "return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False,
+        "torch_dtype": "float16", "use_bfloat16": False, "tf_legacy_loss": False, "pruned_heads": {},
+        "tie_word_embeddings": False, "chunk_size_feed_forward": 0, "is_encoder_decoder": False, "is_decoder": False,
+        "cross_attention_hidden_size": None, "add_cross_attention": False, "tie_encoder_decoder": False,
+        "max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False, "num_beams": 1,
+        "num_beam_groups": 1, "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+        "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "num_return_sequences": 1, "output_scores": False,
+        "return_dict_in_generate": False, "forced_bos_token_id": None, "forced_eos_token_id": None,
+        "remove_invalid_values": False, "exponential_decay_length_penalty": None, "suppress_tokens": None,
+        "begin_suppress_tokens": None, "architectures": ["LlamaForCausalLM"], "finetuning_task": None,
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+        "tokenizer_class": None, "prefix": None, "bos_token_id": 1, "pad_token_id": None, "eos_token_id": 2,
+        "sep_token_id": None, "decoder_start_token_id": None, "task_specific_params": None, "problem_type": None,
+        "_name_or_path": "", "transformers_version": "4.46.0", "model_type": "llama",
+    }  # fmt: skip
+    assert config_from(config) == ModelConfig(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=160, vocab_size=99, max_seq_len=4096,
+        norm_eps=1e-5, rope_theta=1e4,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -220,7 +249,7 @@ def test_a_folder_that_we_wrote_opens_in_transformers_with_the_same_logits(confi
     assert difference(ours(tokens), other(tokens).logits) <= TOLERANCE
     again = same_logits(tmp_path / "out", ours(tokens), config)
     assert all(torch.equal(p, dict(ours.named_parameters())[name]) for name, p in again.named_parameters())
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="not an empty folder"):
         save_huggingface(ours, None, tmp_path / "out")
 
 
@@ -471,9 +500,8 @@ def test_a_tiktoken_file_gives_the_same_ids(tmp_path):
     assert ours.vocab_size == len(tokens) + 256 and ours.bos_id == len(tokens) and ours.add_bos
     assert ours.piece(len(tokens) + 9) == "<|eot_id|>" and len(tokens) + 9 in ours.stop_ids
     for text in [*TEXTS, *CORPUS[:4]]:
-        assert ours.encode(text) == [
-            i for part in [library.encode(text, add_special_tokens=False)] for i in part.ids
-        ] or text == "<|begin_of_text|>"
+        if text != "<|begin_of_text|>":  # a token there; ours takes it for one only if asked, and has it at another id
+            assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids, text
     (tmp_path / "tokenizer.model").write_text("".join(lines[:-1]) + "!!! 5\n")
     with pytest.raises(ValueError, match=f"line {len(lines)}"):
         open_tokenizer(tmp_path)
