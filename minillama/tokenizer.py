@@ -32,8 +32,11 @@ from tokenizers import Tokenizer as Library
 
 ROLES = ("system", "user", "assistant")
 CHATML, LLAMA3_CHAT = ("<|im_start|>", "<|im_end|>"), ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+# Llama 2's marks are plain text; that a model knows them is told by its template, which has both of these in it.
+LLAMA2_CHAT, LLAMA2_MARKS = ("bos_token + '[INST] '", "<<SYS>>"), ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")  # ChatML's and Llama 3's: generation stops here as well as at EOS
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of token: SentencePiece and GGUF agree
+TEMPLATE = 200  # where a SentencePiece file holds a chat template: from here on, its fields are anybody's
 MAX_FILE_BYTES = 200_000_000  # the largest published tokenizer file is a tenth of this
 
 
@@ -46,6 +49,8 @@ class Tokenizer:
     stop_ids: generation stops at any of these.
     add_bos: the model expects its prompts to begin with BOS (LLaMA: yes; SmolLM2: no).
     system: the system message that `chat` puts before a conversation without one (None: no message).
+    template: the chat template that came with the model (None: there was none). It is a program; `chat` never runs it
+        and only looks whether it is Llama 2's.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class Tokenizer:
         self.vocab_size = len(tokens)
         token, count = Counter(["", *tokens]).most_common(1)[0]
         if count > 1:
-            raise ValueError(f"the vocabulary has {token!r} {count} times; tokens must differ, and none may be empty")
+            raise ValueError(f"the vocabulary has {token!r:.60} {count} times; tokens must differ, none may be empty")
         if eos_id is None:
             raise ValueError("the vocabulary names no EOS token; without one no text ever ends")
         self._tokens, self._contents, self._space_prefix = tokens, contents, space_prefix
@@ -75,6 +80,7 @@ class Tokenizer:
         self.stop_ids = frozenset({eos_id} | {self._control[token] for token in END_OF_TURN if token in self._control})
         self.add_bos = add_bos and bos_id is not None
         self.system: str | None = None
+        self.template: str | None = None
 
     def _encode_text(self, text: str) -> list[int]:
         """Ids of plain text, not empty; never a control token."""
@@ -146,18 +152,21 @@ class Tokenizer:
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> list[int]:
-        """The ids of a conversation, in ChatML or, with Llama 3's control tokens, in Llama 3's format.
+        """The ids of a conversation, in ChatML, or in the format of Llama 3 or Llama 2.
 
         ChatML: `<|im_start|>role⏎content<|im_end|>⏎` for each message. Llama 3: BOS, then
-        `<|start_header_id|>role<|end_header_id|>⏎⏎content<|eot_id|>`, the content without spaces around it.
+        `<|start_header_id|>role<|end_header_id|>⏎⏎content<|eot_id|>`, the content without spaces around it. Which of
+        them is told by the control tokens; Llama 2's, by its template: BOS, `[INST] question [/INST] answer `, EOS,
+        again and again, the system message in the first question. Its marks are text, so no question may have them.
         messages: mappings with "role" (system, user or assistant) and "content", which is always plain text.
         reply: open the assistant's turn at the end, for the model to go on. Raises ValueError for anything else.
         """
+        llama2 = all(mark in (self.template or "") for mark in LLAMA2_CHAT)
         chatml, llama3 = (all(token in self._control for token in marks) for marks in (CHATML, LLAMA3_CHAT))
-        if not (chatml or llama3):
+        if not (chatml or llama3 or llama2):
             raise ValueError(
-                f"this tokenizer lacks the control tokens {' and '.join(CHATML)} of ChatML and those of Llama 3, so it "
-                "has no format for a chat"
+                f"this tokenizer has no format for a chat: it lacks the control tokens {' and '.join(CHATML)} of "
+                "ChatML and those of Llama 3, and no template says that it is Llama 2's"
             )
         if not messages:
             raise ValueError("a chat needs at least one message, got none")
@@ -169,6 +178,8 @@ class Tokenizer:
             _check_text(message["content"])
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
+        if llama2:
+            return self._llama2(messages, reply)
         turn = self._chatml if chatml else self._llama3
         ids = [self.bos_id] if llama3 and not chatml and self.bos_id is not None else []
         for message in messages:
@@ -189,6 +200,27 @@ class Tokenizer:
             return ids + self._encode_text("\n\n")
         return [*ids, *self._encode_text("\n\n" + content.strip()), end]
 
+    def _llama2(self, messages: Sequence[Mapping[str, str]], reply: bool) -> list[int]:
+        """Each question with its answer is a text of its own, to which the tokenizer may give a space."""
+        system = [message["content"] for message in messages[:1] if message["role"] == "system"]
+        turns = messages[len(system) :]
+        roles = [turn["role"] for turn in turns]
+        taken = (["user", "assistant"] * len(roles))[: len(roles)]
+        if not roles or roles != taken or (reply and roles[-1] != "user"):
+            order = "the user first and last" if reply else "the user first"
+            raise ValueError(f"in Llama 2's format user and assistant take turns, {order}; got the roles {roles!r:.80}")
+        for message in messages:
+            if message["role"] != "assistant" and (marks := [m for m in LLAMA2_MARKS if m in message["content"]]):
+                raise ValueError(f"a message has {marks[0]!r} in it, a mark of Llama 2's format: write it otherwise")
+        ids: list[int] = []
+        for n in range(0, len(turns), 2):
+            question, *answer = (turn["content"] for turn in turns[n : n + 2])
+            if system and n == 0:
+                question = f"<<SYS>>\n{system[0]}\n<</SYS>>\n\n{question}"
+            text = f"[INST] {question.strip()} [/INST]" + "".join(f" {content.strip()} " for content in answer)
+            ids += self.encode(text, bos=True, eos=bool(answer))
+        return ids
+
     def _check_id(self, token_id: Any) -> int:
         try:
             i = operator.index(token_id)  # also takes the integers of NumPy and PyTorch
@@ -203,16 +235,20 @@ class Tokenizer:
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece BPE model of LLaMA's kind: bytes for what is not in the vocabulary, text left as it is."""
 
-    def __init__(self, model: str | Path | bytes) -> None:
-        """model: a `tokenizer.model` file, or its bytes. Raises ValueError if it is not a model of LLaMA's kind."""
+    def __init__(self, model: str | Path | bytes, *, template: str | None = None) -> None:
+        """model: a `tokenizer.model` file, or its bytes. template: a chat template from elsewhere, which becomes part
+        of the model. Raises ValueError if it is not a model of LLaMA's kind."""
         where = "the SentencePiece model" if isinstance(model, bytes) else str(model)
         self._model = model if isinstance(model, bytes) else _read(Path(model))
         trainer: dict[int, int | bytes] = {}
         normalizer: dict[int, int | bytes] = {}
+        stored: str | None = None
         try:
             for number, value in _protobuf_fields(self._model):
                 if number in (2, 3) and isinstance(value, bytes):
                     (trainer if number == 2 else normalizer).update(_protobuf_fields(value))
+                elif number == TEMPLATE and isinstance(value, bytes):
+                    stored = value.decode(errors="replace")
         except (IndexError, KeyError):
             raise ValueError(f"{where} is damaged or not a SentencePiece model; get the file again") from None
         for name, got, expected in (  # with other settings, what is decoded need not be what was encoded
@@ -225,6 +261,8 @@ class SentencePieceTokenizer(Tokenizer):
         ):
             if got != expected:
                 raise ValueError(f"{where} is damaged or not of LLaMA's kind: {name} is {got!r:.40}, not {expected!r}")
+        if template is not None and template != stored:
+            self._model += _protobuf(TEMPLATE, _check_text(template).encode())
         # Of a field that comes twice the last one counts, so this switches normalizer_spec.add_dummy_prefix off: the
         # space before a text is put there by `encode`, where it can be seen.
         no_prefix = _protobuf(3, bytes([3 << 3, 0]))
@@ -245,6 +283,7 @@ class SentencePieceTokenizer(Tokenizer):
             add_bos=True,
             space_prefix=bool(normalizer.get(3, 1)),
         )
+        self.template = stored if template is None else template
 
     def _bytes_of(self, i: int, token: str) -> bytes | None:
         if self._library.IsByte(i):
@@ -321,7 +360,8 @@ class SentencePieceTokenizer(Tokenizer):
         prefix = _gguf(fields, "ggml.add_space_prefix", bool) is not False
         squeeze = _gguf(fields, "ggml.remove_extra_whitespaces", bool) is True
         normalizer = bytes([3 << 3, prefix, 4 << 3, squeeze])
-        return cls(bytes(pieces) + _protobuf(2, trainer) + _protobuf(3, normalizer))
+        model = bytes(pieces) + _protobuf(2, trainer) + _protobuf(3, normalizer)
+        return cls(model, template=_gguf(fields, "chat_template", str))
 
     def _encode_text(self, text: str) -> list[int]:
         # The library writes a space as ▁ (U+2581) and reads both back as a space: a real ▁ goes in as its bytes.
@@ -369,7 +409,7 @@ class BPETokenizer(Tokenizer):
         merges = _gguf_list(fields, "merges", str)
         pre, add_bos = _gguf(fields, "ggml.pre", str), _gguf(fields, "ggml.add_bos_token", bool)
         if pre not in PRE_TOKENIZERS:
-            raise ValueError(f"unknown pre-tokenizer {pre!r}: expected one of {', '.join(PRE_TOKENIZERS)}")
+            raise ValueError(f"unknown pre-tokenizer {pre!r:.40}: expected one of {', '.join(PRE_TOKENIZERS)}")
         if _gguf(fields, "ggml.add_space_prefix", bool):
             raise ValueError("tokenizer.ggml.add_space_prefix is true; byte-level BPE is supported only without it")
         if len(types) != len(tokens):
@@ -378,23 +418,24 @@ class BPETokenizer(Tokenizer):
         contents: list[bytes | None] = []
         for token, kind in zip(tokens, types, strict=True):
             if not NORMAL <= kind <= UNUSED:
-                raise ValueError(f"the token {token!r} has type {kind}; byte-level BPE has types {NORMAL} to {UNUSED}")
+                expected = f"byte-level BPE has types {NORMAL} to {UNUSED}"
+                raise ValueError(f"the token {token!r:.60} has type {kind}; {expected}")
             if kind == NORMAL and not set(token) <= BYTE_OF.keys():
-                raise ValueError(f"the normal token {token!r} is not spelled in GPT-2's characters for bytes")
+                raise ValueError(f"the normal token {token!r:.60} is not spelled in GPT-2's characters for bytes")
             normal = bytes(BYTE_OF[c] for c in token) if kind == NORMAL else None
             contents.append(token.encode() if kind == USER_DEFINED else normal)
-        template = _gguf(fields, "chat_template", str) or ""
-        system = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", template)
+        template = _gguf(fields, "chat_template", str)
+        system = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", template or "")
         bos_id, eos_id, pad_id = (_gguf_id(fields, name, tokens) for name in ("bos", "eos", "padding"))
         add_bos = pre == "llama-bpe" if add_bos is None else add_bos
         super().__init__(tokens, contents, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, add_bos=add_bos)
-        self.system = system and system[1]
+        self.system, self.template = system and system[1], template
         # The library never hears of the control tokens, so no text can be encoded as one.
         vocabulary = {token: i for i, token in enumerate(tokens) if contents[i] is not None}
         pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
         for left, right in pairs:
             if not {left, right, left + right} <= vocabulary.keys():
-                raise ValueError(f"the merge {left + ' ' + right!r} must be two tokens that make a third")
+                raise ValueError(f"the merge {left + ' ' + right!r:.80} must be two tokens that make a third")
         words, ignore_merges = PRE_TOKENIZERS[pre]
         self._library = Library(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))
         self._library.pre_tokenizer = words

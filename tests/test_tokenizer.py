@@ -606,6 +606,8 @@ def test_a_sentencepiece_file_cut_anywhere_is_refused():
         assert type(caught.value) is ValueError and "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="damaged"):  # four bytes are announced; none may be taken from elsewhere
         SentencePieceTokenizer(TOY._model + bytes([15 << 3 | 2, 4]))
+    with pytest.raises(ValueError, match="damaged"):  # nor from a template
+        SentencePieceTokenizer(TOY._model + bytes([15 << 3 | 2, 4]), template="\0\0")
 
 
 @settings(max_examples=400)

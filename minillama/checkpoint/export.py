@@ -69,6 +69,8 @@ def config_for(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None = No
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     ends = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     settings: dict[str, Any] = {f"{name}_token": tokenizer.token(i) for name, i in ends.items() if i is not None}
+    if tokenizer.template is not None:
+        settings["chat_template"] = tokenizer.template
     if isinstance(tokenizer, BPETokenizer):
         _write_json(folder / "tokenizer.json", tokenizer.to_library())
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"

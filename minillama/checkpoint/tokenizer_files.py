@@ -6,16 +6,17 @@ templates are programs and are not run.
 
 import base64
 import binascii
-import json
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from minillama.checkpoint.files import read_json
 from minillama.tokenizer import (
     BYTE,
     BYTE_OF,
     CONTROL,
     LLAMA3_WORDS,
-    MAX_FILE_BYTES,
     NORMAL,
     UNKNOWN,
     USER_DEFINED,
@@ -32,28 +33,31 @@ LLAMA3_CONTROL = {
     7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
 }  # fmt: skip
 
+MAX_LIBRARY_BYTES = 2**25  # of a tokenizer.json, Llama 3's has half as many
+MAX_TIKTOKEN_BYTES, MAX_TOKEN_BYTES = 2**23, 256  # four times Llama 3's file, and twice its longest token
+MAX_TEMPLATE_BYTES = 2**20
+
 
 def open_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder, or None if there is none. Raises ValueError for one that is damaged or not LLaMA's."""
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
-    for path in (model, library):
-        if path.exists() and path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, expected {MAX_FILE_BYTES} at most.")
-    tokenizer: Tokenizer | None = None
     try:
-        if model.exists() and _is_tiktoken(model):
-            tokenizer = tokenizer_from_gguf(_from_tiktoken(model.read_bytes()))
-        elif model.exists():
-            tokenizer = SentencePieceTokenizer(model)
-        elif library.exists():
-            tokenizer = tokenizer_from_gguf(_from_library(json.loads(library.read_text(encoding="utf-8")), folder))
-        if tokenizer:  # a model may have several ways to end
-            tokenizer.stop_ids |= {i for i in _numbers(folder, "eos_token_id") if i < tokenizer.vocab_size}
+        if model.exists() and not _is_tiktoken(model):
+            tokenizer: Tokenizer = SentencePieceTokenizer(model, template=_template(folder))
+        elif model.exists() or library.exists():
+            fields = _from_tiktoken(model) if model.exists() else _from_library(library)
+            if template := _template(folder):
+                fields["tokenizer.chat_template"] = template
+            tokenizer = tokenizer_from_gguf(fields)
+        else:
+            return None
+        # A model may have several ways to end.
+        tokenizer.stop_ids |= {i for i in _numbers(folder, "eos_token_id") if i < tokenizer.vocab_size}
+        return tokenizer
     except OSError as error:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"the tokenizer in {folder} cannot be used: {str(error).rstrip('.')}.") from None
-    return tokenizer
 
 
 def _is_tiktoken(path: Path) -> bool:
@@ -67,17 +71,20 @@ def _is_tiktoken(path: Path) -> bool:
         return False
 
 
-def _from_tiktoken(data: bytes) -> dict[str, Any]:
+def _from_tiktoken(path: Path) -> dict[str, Any]:
     """Llama 3's file: each token's bytes with its rank, which is its id and says how early it was learned."""
+    if (size := path.stat().st_size) > MAX_TIKTOKEN_BYTES:
+        raise ValueError(f"tokenizer.model has {size} bytes, expected {MAX_TIKTOKEN_BYTES} at most")
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines()):
+    for number, line in enumerate(path.read_bytes().splitlines()):
         word, _, rank = line.partition(b" ")
         try:
             token = base64.b64decode(word, validate=True)
         except binascii.Error:
             token = b""
-        if not token or not rank.isdigit() or int(rank) != number or token in ranks:
-            raise ValueError(f"line {number + 1} is {line!r:.60}, expected a new token in base64 and the rank {number}")
+        if not 0 < len(token) <= MAX_TOKEN_BYTES or rank != b"%d" % number or token in ranks:
+            expected = f"a new token of {MAX_TOKEN_BYTES} bytes at most in base64 and the rank {number}"
+            raise ValueError(f"line {number + 1} is {line!r:.60}, expected {expected}")
         ranks[token] = number
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"it has no token for the byte {missing[0]}")
@@ -98,12 +105,14 @@ def _from_tiktoken(data: bytes) -> dict[str, Any]:
 def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens from which a token was made: what is left after all merges that were learned before it."""
     parts = [token[i : i + 1] for i in range(len(token))]
+    learned = [ranks.get(a + b, rank) for a, b in pairwise(parts)]  # when each pair of neighbours was
     while len(parts) > 2:
-        pairs = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
-        earliest, i = min(pairs)
-        if earliest >= rank:
+        if (earliest := min(learned)) >= rank:
             raise ValueError(f"the token {token!r:.60} cannot be made of two that were learned before it")
+        i = learned.index(earliest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        near = slice(max(i - 1, 0), i + 2)  # only the neighbours of the new part have new pairs
+        learned[near] = [ranks.get(a + b, rank) for a, b in pairwise(parts[near])]
     return parts[0], parts[1]
 
 
@@ -119,9 +128,17 @@ def _gguf(**fields: Any) -> dict[str, Any]:
 # tokenizer.json
 
 
-def _from_library(file: Any, folder: Path) -> dict[str, Any]:
+def _from_library(path: Path) -> dict[str, Any]:
     """The file of Hugging Face's `tokenizers`; which tokens begin and end a text is said in the files beside it."""
-    model = file.get("model") if isinstance(file, dict) else None
+    file = read_json(path, MAX_LIBRARY_BYTES)
+    try:
+        return _fields(file, path.parent)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # somewhere in it is a value of another type
+        raise ValueError(f"tokenizer.json is not built as expected: {error!r:.120}") from None
+
+
+def _fields(file: dict[str, Any], folder: Path) -> dict[str, Any]:
+    model = file.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise ValueError("tokenizer.json holds no byte-pair encoding, the kind that LLaMA has")
     by_id = {i: token for token, i in model["vocab"].items()}
@@ -158,10 +175,8 @@ def _ends(folder: Path, tokens: list[str]) -> dict[str, int]:
     """The ids that begin and end a text, from the files that may say so."""
     ids = {}
     for name in ("bos", "eos", "pad"):
-        for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            path = folder / file
-            settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            token = settings.get(f"{name}_token") if isinstance(settings, dict) else None
+        for settings in _settings(folder, "tokenizer_config.json", "special_tokens_map.json"):
+            token = settings.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
             if token in tokens:
                 ids[f"{'padding' if name == 'pad' else name}_token_id"] = tokens.index(token)
@@ -175,14 +190,32 @@ def _ends(folder: Path, tokens: list[str]) -> dict[str, int]:
 
 def _numbers(folder: Path, key: str) -> list[int]:
     """An id, or several, from generation_config.json or else config.json."""
-    for file in ("generation_config.json", "config.json"):
-        path = folder / file
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        found = settings.get(key) if isinstance(settings, dict) else None
+    for settings in _settings(folder, "generation_config.json", "config.json"):
+        found = settings.get(key)
         found = found if isinstance(found, list) else [found]
         if found and all(type(i) is int and i >= 0 for i in found):
             return found
     return []
+
+
+def _template(folder: Path) -> str | None:
+    """The chat template, from its own file or, in earlier releases, from among the tokenizer's settings."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        if (size := path.stat().st_size) > MAX_TEMPLATE_BYTES:
+            raise ValueError(f"{path.name} has {size} bytes, expected {MAX_TEMPLATE_BYTES} at most")
+        return path.read_text(encoding="utf-8")
+    for settings in _settings(folder, "tokenizer_config.json"):
+        several = settings.get("chat_template")
+        for entry in several if isinstance(several, list) else [{"name": "default", "template": several}]:
+            if isinstance(entry, dict) and entry.get("name") == "default" and isinstance(entry.get("template"), str):
+                return entry["template"]
+    return None
+
+
+def _settings(folder: Path, *names: str) -> Iterator[dict[str, Any]]:
+    """What is in those of these files that are there."""
+    return (read_json(folder / name) for name in names if (folder / name).exists())
 
 
 def _prefixes(file: dict[str, Any]) -> bool:
@@ -201,8 +234,7 @@ def _pre(file: dict[str, Any]) -> str:
         return "llama-bpe"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return "smollm"
-    raise ValueError(f"tokenizer.json cuts text into words by {', '.join(map(str, kinds)) or 'nothing'}, "
-                     "expected the way of Llama 3 or of SmolLM")  # fmt: skip
+    raise ValueError(f"tokenizer.json cuts text into words by {kinds!r:.120}, expected the way of Llama 3 or of SmolLM")
 
 
 def _adds_bos(file: dict[str, Any]) -> bool:

@@ -1,25 +1,31 @@
 """Other people's checkpoints: what transformers writes, and what Meta's shards hold, give the same logits here."""
 
 import base64
+import contextlib
 import dataclasses
 import json
 import os
 import pickle
 import random
+import shutil
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillama import load
-from minillama.checkpoint import save_huggingface
+from minillama.checkpoint import save, save_huggingface
 from minillama.checkpoint.huggingface import config_from
 from minillama.checkpoint.names import META, expand
+from minillama.checkpoint.tokenizer_files import open_tokenizer
 from minillama.config import Llama3Scaling, ModelConfig
 from minillama.model import Llama
+from minillama.tokenizer import BYTE_OF
 from tests.parity.test_transformers import (
     BASE,
     FAMILIES,
@@ -30,6 +36,7 @@ from tests.parity.test_transformers import (
     theirs,
     tokens_of,
 )
+from tests.test_checkpoint import CONFIG, damaged, random_model, write_gguf
 
 transformers = pytest.importorskip("transformers")
 
@@ -267,6 +274,11 @@ def test_a_tokenizer_that_we_wrote_gives_the_same_ids_in_transformers(name, tmp_
         assert again.encode(text, bos=again.add_bos) == ids
     assert (library.bos_token_id, library.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     assert again.stop_ids == tokenizer.stop_ids
+    assert again.template == library.chat_template == tokenizer.template
+    if name == "smollm2":  # whose template puts a system message of its own before the question
+        talk = [{"role": "user", "content": "Where is the kite?"}]
+        expected = library.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        assert again.chat(talk) == tokenizer.chat(talk) == expected
 
 
 def test_mapped_weights_can_be_changed_and_the_file_stays(tmp_path):
@@ -405,8 +417,6 @@ LLAMA3_TEMPLATE = (
 
 
 def test_llama3s_chat_and_several_ends(tmp_path):
-    from minillama.checkpoint.tokenizer_files import open_tokenizer
-
     library = llama3_library()
     library.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"])
     fast = transformers.PreTrainedTokenizerFast(
@@ -428,8 +438,6 @@ def test_llama3s_chat_and_several_ends(tmp_path):
 
 
 def test_ends_that_only_the_config_names(tmp_path):
-    from minillama.checkpoint.tokenizer_files import open_tokenizer
-
     library = llama3_library()
     library.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="names no EOS token"):
@@ -440,8 +448,6 @@ def test_ends_that_only_the_config_names(tmp_path):
 
 
 def test_a_tokenizer_json_of_llama3s_kind_gives_the_same_ids(tmp_path):
-    from minillama.checkpoint.tokenizer_files import open_tokenizer
-
     library = llama3_library()
     library.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(
@@ -461,8 +467,6 @@ def test_a_tokenizer_json_of_sentencepieces_kind_gives_the_same_ids(prefix, tmp_
     from tokenizers import Tokenizer
 
     from minillama import world
-    from minillama.checkpoint.tokenizer_files import open_tokenizer
-
     toy = load("toy")[1]
     toy.save(tmp_path)
     converted = transformers.AutoTokenizer.from_pretrained(tmp_path, config=transformers.LlamaConfig())
@@ -488,9 +492,6 @@ def test_a_tokenizer_json_of_sentencepieces_kind_gives_the_same_ids(prefix, tmp_
 
 def test_a_tiktoken_file_gives_the_same_ids(tmp_path):
     """Llama 3's own file has no merges, only ranks."""
-    from minillama.checkpoint.tokenizer_files import open_tokenizer
-    from minillama.tokenizer import BYTE_OF
-
     library = llama3_library()
     vocabulary = sorted(library.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
     tokens = [bytes(BYTE_OF[letter] for letter in token) for token, _ in vocabulary]
@@ -502,8 +503,247 @@ def test_a_tiktoken_file_gives_the_same_ids(tmp_path):
     for text in [*TEXTS, *CORPUS[:4]]:
         if text != "<|begin_of_text|>":  # a token there; ours takes it for one only if asked, and has it at another id
             assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids, text
-    (tmp_path / "tokenizer.model").write_text("".join(lines[:-1]) + "!!! 5\n")
-    with pytest.raises(ValueError, match=f"line {len(lines)}"):
+    long = [f"{base64.b64encode(b'z' * 2**n).decode()} {len(lines) + n - 1}\n" for n in range(1, 10)]
+    for changed in ([*lines[:-1], "!!! 5\n"], [*lines, *long]):
+        (tmp_path / "tokenizer.model").write_text("".join(changed))
+        with pytest.raises(ValueError, match=f"line {len(changed)} is .*, expected a new token of 256 bytes at most"):
+            open_tokenizer(tmp_path)
+    with open(tmp_path / "tokenizer.model", "ab") as file:
+        file.truncate(2**23 + 1)
+    with pytest.raises(ValueError, match="8388609 bytes, expected 8388608 at most"):
+        open_tokenizer(tmp_path)
+
+
+# In Llama-2-7b-chat's tokenizer_config.json.
+LLAMA2_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must "
+    "alternate user/assistant/user/assistant/...') }}{% endif %}{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def llama2(tmp_path_factory):
+    """A folder like Llama 2's, with a small tokenizer of both kinds of file, and the library's tokenizer for it."""
+    folder = tmp_path_factory.mktemp("llama2")
+    with open(folder / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter([*CORPUS, "[INST] [/INST] <<SYS>> <</SYS>>"] * 3), model_writer=file, vocab_size=360,
+            model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
+        )  # fmt: skip
+    converted = transformers.AutoTokenizer.from_pretrained(folder, config=transformers.LlamaConfig())
+    converted.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    file = json.loads(path.read_text())
+    steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    file |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    path.write_text(json.dumps(file))
+    library = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(path), bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=LLAMA2_TEMPLATE
+    )
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": LLAMA2_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder, library
+
+
+SYSTEM, QUESTION, ANSWER, NEXT = (
+    {"role": role, "content": content}
+    for role, content in (("system", " Be kind.\n"), ("user", "\n Where is the </s> kite? "),
+                          ("assistant", " By the\nold mill. 猫 "), ("user", "Why?"))
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["model", "json", "jinja", "several", "gguf", "saved", "exported"])
+def test_llama2s_chat(source, llama2, tmp_path):
+    folder, library = llama2
+    left_out = "tokenizer.json" if source != "json" else "tokenizer.model"
+    shutil.copytree(folder, tmp_path / "a", ignore=shutil.ignore_patterns(left_out))
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+    if source == "jinja":
+        (tmp_path / "a" / "chat_template.jinja").write_text(LLAMA2_TEMPLATE)
+    elif source == "several":
+        settings["chat_template"] = [{"name": n, "template": t} for n, t in (("x", ""), ("default", LLAMA2_TEMPLATE))]
+    if source in ("jinja", "several"):
+        (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = open_tokenizer(tmp_path / "a")
+    model = random_model(dataclasses.replace(CONFIG, n_heads=4, vocab_size=ours.vocab_size))
+    if source == "gguf":
+        write_gguf(tmp_path / "x.gguf", model, tokenizer=ours, change=lambda w: w.add_chat_template(LLAMA2_TEMPLATE))
+        ours = load(tmp_path / "x.gguf")[1]
+    elif source in ("saved", "exported"):
+        (save if source == "saved" else save_huggingface)(model, ours, tmp_path / "b")
+        ours = load(tmp_path / "b")[1]
+    if source == "saved":  # and read with a template beside it, does not hold the template twice
+        (tmp_path / "b" / "chat_template.jinja").write_text(LLAMA2_TEMPLATE)
+        assert open_tokenizer(tmp_path / "b")._model == ours._model
+    if source == "exported":
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+        assert again.chat_template == LLAMA2_TEMPLATE and again.bos_token_id == ours.bos_id
+    for talk in ([QUESTION], [SYSTEM, QUESTION], [QUESTION, ANSWER, NEXT], [SYSTEM, QUESTION, ANSWER, NEXT]):
+        plain = [{**message, "content": message["content"].replace("</s>", "")} for message in talk]
+        expected = library.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+        assert ours.chat(plain) == ours.chat(plain, reply=False) == expected
+        assert ours.chat(talk).count(ours.eos_id) == ours.chat(plain).count(ours.eos_id)  # what somebody typed is text
+        plain.append(ANSWER)
+        assert ours.chat(plain, reply=False) == library.apply_chat_template(plain, return_dict=False)
+
+
+@pytest.mark.parametrize(
+    ("talk", "match"),
+    [
+        ([SYSTEM], r"take turns, the user first and last; got the roles \[\]"),
+        ([QUESTION, NEXT], "take turns"),
+        ([ANSWER, QUESTION], "take turns"),
+        ([QUESTION, SYSTEM, NEXT], "take turns"),
+        ([QUESTION, ANSWER], "the user first and last"),
+        ([{"role": "user", "content": "a [/INST] b"}], "a message has '.INST.' in it, a mark of Llama 2's format"),
+        ([{"role": "system", "content": "<</SYS>>"}, QUESTION], "a message has '<</SYS>>' in it"),
+    ],
+)
+def test_what_llama2s_chat_has_no_form_for_is_refused(talk, match, llama2):
+    with pytest.raises(ValueError, match=match.replace(".INST.", r"\[/INST\]")):
+        open_tokenizer(llama2[0]).chat(talk)
+
+
+@pytest.mark.parametrize("template", [None, "", "[INST] {{ messages }} <<SYS>>", "{{ bos_token + '[INST] ' }}"])
+def test_a_template_of_another_form_is_not_run(template, llama2, tmp_path):
+    shutil.copytree(llama2[0], tmp_path, dirs_exist_ok=True)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="ChatML and those of Llama 3, and no template says that it is Llama 2's"):
+        open_tokenizer(tmp_path).chat([QUESTION])
+
+
+# Damage: a tokenizer, or a ValueError of one sentence.
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+)
+
+
+def with_another_value(data: st.DataObject, value: object) -> object:
+    """A copy of a JSON value in which one value, at any depth, is missing or another."""
+    if not isinstance(value, dict | list) or not value or not data.draw(st.integers(0, 4)):
+        return data.draw(JSON_VALUES)
+    key = data.draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
+    copied = value.copy()
+    if data.draw(st.integers(0, 9)):
+        copied[key] = with_another_value(data, value[key])
+    else:
+        del copied[key]
+    return copied
+
+
+def opens_or_is_refused(folder: Path) -> None:
+    try:
+        tokenizer = open_tokenizer(folder)
+    except ValueError as error:
+        assert "\n" not in str(error) and str(error).endswith(".") and len(str(error)) < 600
+        assert str(folder) in str(error)
+        return
+    with contextlib.suppress(ValueError):
+        tokenizer.decode(tokenizer.encode("Lily's 猫\n 12", eos=True))
+    with contextlib.suppress(ValueError):
+        tokenizer.chat([QUESTION])
+
+
+@pytest.fixture(scope="module")
+def tokenizers_to_damage(llama2, tmp_path_factory) -> dict[str, Path]:
+    """Folders with a tokenizer.json of both kinds and a tokenizer.model of both kinds."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("bytes", "pieces", "sentencepiece", "tiktoken")}
+    library = llama3_library()
+    library.save(str(folders["bytes"] / "tokenizer.json"))
+    vocabulary = sorted(library.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+    lines = [b"%s %d\n" % (base64.b64encode(bytes(BYTE_OF[c] for c in token)), rank) for token, rank in vocabulary]
+    (folders["tiktoken"] / "tokenizer.model").write_bytes(b"".join(lines))
+    for kind, name in (("pieces", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
+        shutil.copy(llama2[0] / name, folders[kind])
+    for kind, folder in folders.items():
+        bos, eos = ("<|begin_of_text|>", "<|end_of_text|>") if kind in ("bytes", "tiktoken") else ("<s>", "</s>")
+        settings = {"bos_token": bos, "eos_token": {"content": eos}, "chat_template": LLAMA2_TEMPLATE}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": bos}, "pad_token": eos}))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "pad_token_id": 2}))
+        (folder / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+        assert open_tokenizer(folder) is not None
+    return folders
+
+
+@settings(max_examples=400, deadline=timedelta(seconds=5))
+@given(
+    data=st.data(),
+    kind=st.sampled_from(["bytes", "pieces"]),
+    name=st.sampled_from([
+        *["tokenizer.json"] * 3, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+        "config.json",
+    ]),
+)  # fmt: skip
+def test_a_tokenizers_json_with_a_wrong_value_is_refused_or_works(data, kind, name, tokenizers_to_damage) -> None:
+    path = tokenizers_to_damage[kind] / name
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps(with_another_value(data, json.loads(before))))
+        opens_or_is_refused(path.parent)
+    finally:
+        path.write_text(before)
+
+
+@settings(max_examples=400, deadline=timedelta(seconds=5))
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 9), st.binary(max_size=9)), min_size=1, max_size=4),
+    place=st.sampled_from([
+        *[(kind, "tokenizer.model") for kind in ("sentencepiece", "tiktoken") for _ in range(3)],
+        *[("bytes", f"{name}.json") for name in ("tokenizer", "tokenizer_config", "generation_config")],
+    ]),
+)  # fmt: skip
+def test_a_tokenizers_file_with_other_bytes_is_refused_or_works(changes, place, tokenizers_to_damage) -> None:
+    path = tokenizers_to_damage[place[0]] / place[1]
+    before = path.read_bytes()
+    try:
+        path.write_bytes(damaged(before, [(at % len(before), length, new) for at, length, new in changes]))
+        opens_or_is_refused(path.parent)
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+             "config.json", "chat_template.jinja"],
+)  # fmt: skip
+def test_a_tokenizers_file_without_end_is_not_read(name, tokenizers_to_damage, tmp_path):
+    shutil.copytree(tokenizers_to_damage["bytes"], tmp_path, dirs_exist_ok=True)
+    if name == "special_tokens_map.json":
+        (tmp_path / "tokenizer_config.json").unlink()  # is asked first
+    if name == "config.json":
+        (tmp_path / "generation_config.json").unlink()
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(2**34)  # 16 GiB of nothing
+    with pytest.raises(ValueError, match=f"{name}.* 17179869184 bytes, expected .* at most"):
+        open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "error"),
+    [
+        ("bytes", {"added_tokens": [{"content": "x"}]}, "KeyError"),
+        ("pieces", {"added_tokens": 7}, "TypeError"),
+        ("pieces", {"normalizer": [1]}, "AttributeError"),
+        ("bytes", {"post_processor": {"type": "TemplateProcessing", "single": {"0": 1}}}, "KeyError"),
+    ],
+)
+def test_a_tokenizer_json_that_is_built_otherwise_is_refused(kind, change, error, tokenizers_to_damage, tmp_path):
+    shutil.copytree(tokenizers_to_damage[kind], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"tokenizer.json is not built as expected: {error}"):
         open_tokenizer(tmp_path)
 
 
