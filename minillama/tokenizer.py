@@ -165,8 +165,8 @@ class Tokenizer:
         chatml, llama3 = (all(token in self._control for token in marks) for marks in (CHATML, LLAMA3_CHAT))
         if not (chatml or llama3 or llama2):
             raise ValueError(
-                f"this tokenizer has no format for a chat: it lacks the control tokens {' and '.join(CHATML)} of "
-                "ChatML and those of Llama 3, and no template says that it is Llama 2's"
+                f"this tokenizer lacks the control tokens {' and '.join(CHATML)} of ChatML, those of Llama 3, and a "
+                "template like Llama 2's, so it has no format for a chat"
             )
         if not messages:
             raise ValueError("a chat needs at least one message, got none")
