@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillama import load
-from minillama.checkpoint import save, save_huggingface
+from minillama.checkpoint import save, save_huggingface, torch_file
 from minillama.checkpoint.huggingface import config_from
 from minillama.checkpoint.names import META, expand
 from minillama.checkpoint.tokenizer_files import open_tokenizer
@@ -225,6 +226,26 @@ def test_an_archive_that_would_unpack_without_end_is_refused(tmp_path):
             packed.writestr(entry.filename, plain.read(entry))
         packed.writestr("bomb", b"\0" * 10**7)
     with pytest.raises(ValueError, match="is compressed"):
+        load(tmp_path)
+
+
+def test_an_archive_whose_parts_lie_in_one_place_or_whose_pickle_is_large_is_refused(tmp_path, monkeypatch):
+    _, other = pair_of_models(BASE)
+    other.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(other.state_dict(), path)
+    load(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="table of contents has more than 99 bytes"):
+        patch.setattr(torch_file, "MAX_PICKLE_BYTES", 99)
+        load(tmp_path)
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.filelist, key=lambda entry: entry.file_size)
+        for i in range(path.stat().st_size // largest.file_size + 1):
+            archive.filelist.append(copy.copy(largest))
+            archive.filelist[-1].filename = f"archive/data/again{i}"
+        archive.writestr("end", b"")  # now the list of its parts is written anew
+    with pytest.raises(ValueError, match="its parts are larger than the file"):
         load(tmp_path)
 
 
