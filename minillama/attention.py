@@ -57,15 +57,20 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`turn`: cosines and sines from `rope.rotation`. `mask`: (B, 1, T, S) booleans, or None for plain causal;
         True at least once in every row, since a softmax over nothing is NaN."""
-        q = rotate(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim)), turn).transpose(1, 2)  # (B, H, T, D)
-        k = rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim)), turn).transpose(1, 2)  # (B, K, T, D)
-        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
+        q, k, v = (y.transpose(1, 2) for y in self.project(x, turn))  # (B, H, T, D), two of (B, K, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D)
         # To train in bf16 on a CPU, the plain formula: PyTorch takes four times as long to differentiate its fused one.
         slow_to_train = torch.is_grad_enabled() and q.dtype == torch.bfloat16 and q.device.type == "cpu"
         attend = self.attend_fast if self.fast and not slow_to_train else self.attend
         return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of x (B, T, dim) the queries (B, T, H, D) and keys (B, T, K, D), turned to their positions, and the values
+        (B, T, K, D)."""
+        q = rotate(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim)), turn)
+        k = rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim)), turn)
+        return q, k, self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The readable path: q (B, H, T, D), k and v (B, K, S, D), to (B, H, T, D)."""

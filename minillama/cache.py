@@ -20,11 +20,11 @@ class LayerKV:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put (B, K, T, D) behind what is there; return all of it, (B, K, S, D), as views of the storage."""
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        new, start = k.shape[2], self.length
+        self.k.narrow(2, start, new).copy_(k)
+        self.v.narrow(2, start, new).copy_(v)
+        self.length = start + new
+        return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
 
 
 class KVCache:

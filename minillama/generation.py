@@ -10,7 +10,7 @@ Letters: B batch (prompts, or beams), T tokens in a prompt, V vocabulary.
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +138,64 @@ def stream_tokens(
         yield step
 
 
+def guess(ids: Tensor, count: int) -> Tensor:
+    """What may come next in a text (S,) that repeats itself: the `count` tokens, or fewer, that followed when its last
+    three were there before, else its last two; none if they never were. The latest such place counts."""
+    for n in (3, 2):
+        if len(ids) > n:
+            places = (ids.unfold(0, n, 1)[:-1] == ids[-n:]).all(1).nonzero()
+            if len(places):
+                return ids[int(places[-1]) + n :][:count]
+    return ids[:0]
+
+
+def stream_lookup(
+    model: Llama,
+    prompt: Sequence[int],
+    *,
+    lookup: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """The tokens that `stream_tokens` would write for one prompt, sooner where the text repeats itself.
+
+    Up to `lookup` tokens are guessed from the text. The model sees them in one pass with the last token, so each weight
+    is read once for all. After each a token is chosen as always; when it is not the one guessed, the guesses behind it
+    are forgotten. So every token is drawn from the model's own probabilities, whatever was guessed (up to rounding:
+    several tokens at once are summed in another order).
+    Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", algorithm 1, where q is
+    certain of its guess; guesses from the prompt: Saxena 2023, "Prompt Lookup Decoding".
+    Raises ValueError as `stream_tokens` does.
+    """
+    _check_prompts(model, [prompt], max_new_tokens)
+    _check("lookup", lookup, _is_count(lookup), "a whole number from 1")
+    left = min(max_new_tokens, model.config.max_seq_len - len(prompt))
+    cache = _new_cache(model, len(prompt) + left, torch.zeros(1, dtype=torch.int64))
+    generators = sampling.generators(1, cache.device)
+    text = torch.tensor(list(prompt))
+    new = text  # not yet in the cache
+    while left:
+        guesses = guess(text, min(lookup, left - 1))
+        logits = _logits_behind(model, torch.cat([new, guesses])[None].to(cache.device), cache, len(guesses) + 1)
+        for i in range(len(logits)):
+            token = int(sample_next(logits[i : i + 1], sampling, generators))
+            text, left = torch.cat([text, torch.tensor([token])]), left - 1
+            yield token
+            if token in stop_ids:
+                return
+            if i == len(guesses) or token != guesses[i]:
+                break
+        cache.rewind(len(text) - 1)
+        new = text[-1:]
+
+
+@torch.inference_mode()
+def _logits_behind(model: Llama, tokens: Tensor, cache: KVCache, count: int) -> Tensor:
+    """Scores (count, V), in fp32, of what may follow each of the last `count` of `tokens` (1, T)."""
+    return model.scores(model.hidden(tokens, cache)[0, -count:]).float()
+
+
 class Beam(NamedTuple):
     """A continuation that `beam_search` found. score: log-probability / length**length_penalty."""
 
@@ -209,6 +267,7 @@ def generate(
     beams: int | None = None,
     length_penalty: float = 1.0,
     n_best: int = 1,
+    lookup: int = 0,
     stop: str | Sequence[str] = (),
     stream: bool = False,
 ) -> Any:
@@ -221,6 +280,8 @@ def generate(
     The text ends at one of `tokenizer.stop_ids`, before any of the `stop` strings, after `max_new_tokens`, or when the
     model's context is full. temperature (0 is greedy), top_k, top_p, min_p, seed: see `Sampling`. Prompt i of a list
     draws with the seed plus i.
+    lookup: guess so many tokens at a time from the text so far (`stream_lookup`): the same text, sooner if it repeats
+    itself, as summaries and edits do. Prompts of a list are then written one after the other.
     beams: search for the likeliest text instead of drawing one (`beam_search`); n_best above 1: a list for each prompt.
     Raises ValueError for a bad value, and for a prompt that is empty, unknown to the vocabulary or too long.
     """
@@ -228,6 +289,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     stops = [stop] if isinstance(stop, str) else list(stop)
     _check("stop", stop, all(isinstance(text, str) and text for text in stops), "texts that are not empty")
+    _check("lookup", lookup, isinstance(lookup, int) and lookup >= 0, "a whole number from 0")
     _check("prompt", prompt, isinstance(prompt, str) or isinstance(prompt, list | tuple) and prompt,
            "a text, token ids, or a list of at least one of these")  # fmt: skip
     several = not isinstance(prompt, str) and not isinstance(prompt[0], int)
@@ -244,17 +306,24 @@ def generate(
 
     if beams is None:
         _check("n_best", n_best, n_best == 1, "1 where beams are not given")
-        steps = stream_tokens(
-            model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=tokenizer.stop_ids
-        )
+        _check("stream", stream, not (stream and several), "False for several prompts")
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": tokenizer.stop_ids}
+        if lookup:
+            seeds = [None if seed is None else seed + row for row in range(len(prompts))]
+            columns = [
+                stream_lookup(model, ids, lookup=lookup, sampling=replace(sampling, seed=own), **settings)
+                for ids, own in zip(encoded, seeds, strict=True)
+            ]
+        else:
+            # Every row reads the same steps. The row that is ahead has them computed; for the others they are kept.
+            copies = itertools.tee(stream_tokens(model, encoded, sampling=sampling, **settings), len(prompts))
+            columns = [_column(copy, row) for row, copy in enumerate(copies)]
         if stream:
-            _check("stream", stream, not several, "False for several prompts")
-            return pieces(0, _column(steps, 0))
-        # Every row reads the same steps. The row that is ahead has them computed; for the others they are kept.
-        copies = itertools.tee(steps, len(prompts))
-        texts: list[Any] = [whole(row, _column(copy, row)) for row, copy in enumerate(copies)]
+            return pieces(0, columns[0])
+        texts: list[Any] = [whole(row, column) for row, column in enumerate(columns)]
     else:
         _check("stream", stream, not stream, "False for beams, whose text is known only at the end")
+        _check("lookup", lookup, lookup == 0, "0 for beams")
         _check("sampling", sampling, sampling == Sampling(), "left out for beams, which draw nothing")
         texts = []
         for row, ids in enumerate(encoded):

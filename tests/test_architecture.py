@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # `if TYPE_CHECKING:`) may come from anywhere: nothing of it runs.
 ORDER = """
     config tokenizer linear embedding rope attention feedforward norm model loss world data quantize checkpoint
-    parallel trainer cache generation finetune evaluate visualize course __init__ cli __main__
+    parallel trainer cache generation roofline finetune evaluate visualize course __init__ cli __main__
 """.split()
 
 TOP = {

@@ -104,7 +104,7 @@ def read_int4(path: Path, blocks: Blocks, device: torch.device) -> Int4Linear:
     lows = numbers[..., 1] if head == 4 else -8 * scales
     halves = torch.from_numpy(data[..., head:])
     codes = torch.cat([halves & 15, halves >> 4], -1).flatten(1)
-    return Int4Linear(codes.to(device), scales.to(device), lows.to(device))
+    return Int4Linear.from_codes(codes.to(device), scales.to(device), lows.to(device))
 
 
 class _Header:

@@ -21,7 +21,7 @@ from minillama.checkpoint.names import Checkpoint, Stored
 from minillama.checkpoint.native import find, open_native
 from minillama.config import ModelConfig
 from minillama.model import Llama
-from minillama.quantize import put
+from minillama.quantize import join, put
 from minillama.tokenizer import Tokenizer
 
 
@@ -83,8 +83,11 @@ def fill(
     check_memory(checkpoint.config, device, dtype, max_memory)
     if dtype in ("int8", "int4"):
         for stored in checkpoint.tensors:
-            same = stored.quantized(device) if stored.quantized and dtype == "int4" else None
-            put(model, stored.name, _weight(stored, device, torch.float32) if same is None else same, dtype)
+            if dtype == "int4" and stored.quantized and stored.name.startswith("blocks."):
+                put(model, stored.name, stored.quantized(device), dtype)
+            else:
+                put(model, stored.name, _weight(stored, device, torch.float32), dtype)
+        join(model)
     else:
         weights = {stored.name: _weight(stored, device, getattr(torch, dtype)) for stored in checkpoint.tensors}
         model.load_state_dict(weights, strict=True, assign=True)
