@@ -18,9 +18,11 @@ from minillama.generation import (
     Sampling,
     beam_search,
     generate,
+    guess,
     min_p_filter,
     next_logits,
     sample_next,
+    stream_lookup,
     stream_tokens,
     top_k_filter,
     top_p_filter,
@@ -401,6 +403,82 @@ def test_a_stream_comes_piece_by_piece():
 # --- Beams
 
 
+# Guessing from the text so far
+
+
+@pytest.mark.parametrize(
+    "text, count, expected",
+    [
+        ([1, 2, 3, 9, 8, 7, 1, 2, 3], 2, [9, 8]),
+        ([1, 2, 3, 9, 1, 2, 3, 5, 1, 2, 3], 2, [5, 1]),  # the latest place counts
+        ([6, 2, 3, 9, 8, 1, 2, 3], 4, [9, 8, 1, 2]),  # its last three are new, its last two are not
+        ([1, 2, 3, 9, 6, 2, 3, 5, 1, 2, 3], 1, [9]),  # three count before two, though these are later
+        ([4, 4, 4, 4], 5, [4]),  # what follows is the text's own end
+        ([3, 9, 1, 3], 4, []),  # one is too few
+        ([1, 2], 4, []), ([1], 4, []), ([7, 8, 9, 7, 8, 9], 0, []),
+    ],
+)  # fmt: skip
+def test_a_guess_is_what_followed_the_last_time(text, count, expected):
+    assert guess(torch.tensor(text), count).tolist() == expected
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 9))
+def test_a_guess_is_what_a_search_from_the_end_finds(text, count):
+    def search() -> list[int]:
+        for n in (3, 2):
+            for start in range(len(text) - n - 1, -1, -1):
+                if text[start : start + n] == text[-n:]:
+                    return text[start + n : start + n + count]
+        return []
+
+    assert guess(torch.tensor(text), count).tolist() == search()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.3, seed=5), Sampling(temperature=1.0, seed=0)])
+@pytest.mark.parametrize("lookup", [1, 3, 7, 50])
+def test_guesses_do_not_change_the_text(sampling, lookup):
+    """Greedy or drawn with a seed: every token is the one that is chosen without guesses."""
+    guessed = 0
+    for seed in range(3):
+        model, prompt = random_model(vocab_size=5, seed=seed), [1, 2, 3, 0, 1, 2, 3, 0, 1]
+        settings = {"max_new_tokens": 45, "sampling": sampling}
+        expected = [token for (token,) in stream_tokens(model, [prompt], **settings)]
+        assert list(stream_lookup(model, prompt, lookup=lookup, **settings)) == expected
+        stop = expected[11]
+        ended = list(stream_lookup(model, prompt, lookup=lookup, stop_ids=[stop], **settings))
+        assert ended == expected[: expected.index(stop) + 1]
+        guessed += len(guess(torch.tensor(prompt + expected), lookup))
+    assert guessed, "nothing was guessed, so nothing was tested"
+
+
+class Counter(Parrot):
+    """After each token it says the next of 0, 1, 2, 3, 0, …"""
+
+    def hidden(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        self.scripts += (tokens.shape[1],)
+        return super().hidden(tokens, cache)
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot((x[..., 0] + 1) % 4, 300) * 50.0
+
+
+def test_guesses_that_come_true_save_passes_and_the_context_is_never_left():
+    model = Counter(max_seq_len=64)
+    tokens = list(stream_lookup(model, [0, 1, 2, 3] * 5, lookup=3, max_new_tokens=99, sampling=GREEDY))
+    assert tokens == [0, 1, 2, 3] * 11  # 64 with the prompt
+    assert model.scripts == (20 + 3, *[4] * 10)  # the last token and three guesses: four tokens a pass
+
+
+@pytest.mark.parametrize("prompt", ["ab ab ab", ["ab ab ab", "xyz xyz xy"]])
+def test_generate_guesses_for_every_prompt_with_the_seed_of_its_row(prompt):
+    settings = {"max_new_tokens": 20, "temperature": 0.5, "seed": 4}
+    model = random_model(vocab_size=260)
+    expected = generate(model, spelling(), prompt, **settings)
+    assert generate(model, spelling(), prompt, **settings, lookup=5) == expected
+    if isinstance(prompt, str):
+        assert prompt + "".join(generate(model, spelling(), prompt, **settings, lookup=5, stream=True)) == expected
+
+
 def test_beams_as_wide_as_the_tree_find_the_likeliest_text():
     model = random_model(vocab_size=4, seed=2)
     prompt, total = [3, 0], {}
@@ -520,7 +598,8 @@ BAD = [
     ({"beams": 2, "n_best": 0}, "n_best is 0"), ({"beams": 2, "length_penalty": math.nan}, "length_penalty is nan"),
     ({"beams": 2, "temperature": 0.7}, r"sampling is Sampling\(temperature=0.7.*left out for beams"),
     ({"beams": 2, "top_k": 3}, r"sampling is .*top_k=3.*left out for beams"),
-    ({"beams": 2, "stream": True}, "stream is True.*beams"),
+    ({"beams": 2, "stream": True}, "stream is True.*beams"), ({"beams": 2, "lookup": 3}, "lookup is 3, expected 0 for"),
+    ({"lookup": -1}, "lookup is -1, expected a whole number from 0"), ({"lookup": 1.5}, "lookup is 1.5"),
 ]  # fmt: skip
 
 

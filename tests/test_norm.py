@@ -28,6 +28,17 @@ def test_rms_norm_is_that_of_pytorch(shape, scale):
     torch.testing.assert_close(norm(x), F.rms_norm(x, shape[-1:], norm.weight, 1e-5), rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_vector_is_normed_as_it_is_among_others(dtype):
+    """It goes another way, with fewer calls."""
+    norm, x = rms_norm(11, eps=0.1).to(dtype), torch.randn(3, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        together, alone = norm(x), torch.cat([norm(row[None, None])[0] for row in x])
+        torch.testing.assert_close(alone, together, rtol=2e-6 if dtype == torch.float32 else 2**-7, atol=0)
+        torch.testing.assert_close(alone.double(), by_formula(x, norm.weight, 0.1), rtol=2**-6, atol=0)
+        assert (norm(torch.zeros(1, 11, dtype=dtype)) == 0).all()
+
+
 def test_rms_norm_and_its_gradients_are_the_formula():
     torch.manual_seed(0)
     norm, x = rms_norm(11, eps=0.1), torch.randn(4, 3, 11, requires_grad=True)
