@@ -6,12 +6,10 @@ from minillama.course import clinic
 from minillama.course.chapters.clinic import HEALTHY, PATIENTS
 
 
-def test_in_the_clinic_the_right_medicine_heals_and_the_wrong_one_does_not(monkeypatch):
-    monkeypatch.setattr(clinic, "STEPS", 60)
-    monkeypatch.setattr(clinic.train, "__defaults__", (1, 60))
-    wrong = clinic.treat("G", HEALTHY["loss"])  # its norm is still what it was: it dies at step 44
+def test_in_the_clinic_the_right_medicine_heals_and_the_wrong_one_does_not():
+    wrong = clinic.treat("G", HEALTHY["loss"], steps=60)  # its norm is still what it was: it dies at step 44
     assert len(wrong["loss"]) < 60 and not wrong["gradient"][-1] < float("inf")
-    healed = clinic.treat("G", HEALTHY["norm"])
+    healed = clinic.treat("G", HEALTHY["norm"], steps=60)
     assert len(healed["loss"]) == 60 and healed["loss"][-1] < 3
     assert clinic.chart("G", healed).data.startswith(b"\x89PNG")
 

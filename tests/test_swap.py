@@ -80,3 +80,8 @@ def test_a_wrong_function_is_heard_and_the_model_itself_is_left_alone(part, toy,
 def test_a_part_that_is_not_there_is_refused_by_name(toy):
     with pytest.raises(ValueError, match="no part 'nrom', expected one of lookup, logits"):
         swap_in(toy[0], nrom=RIGHT["norm"])
+
+
+def test_a_quantized_model_takes_no_parts():
+    with pytest.raises(ValueError, match="weights are quantized"):
+        swap_in(load("toy", dtype="int8")[0], norm=RIGHT["norm"])

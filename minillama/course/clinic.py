@@ -244,7 +244,7 @@ def samples(patient: str) -> str:
     return "\n\n".join(_read(patient)["samples"])
 
 
-def treat(patient: str, repaired: Callable[..., Any]) -> dict[str, Any]:
+def treat(patient: str, repaired: Callable[..., Any], steps: int = STEPS) -> dict[str, Any]:
     """Train a patient again with a function of yours in the place of its own (about a minute): `treat("A", visible)`.
 
     Which part it stands for is told by its name. The rest is as it was: the wrong medicine leaves the patient ill.
@@ -257,7 +257,7 @@ def treat(patient: str, repaired: Callable[..., Any]) -> dict[str, Any]:
         raise ValueError(f"the trainer has no part {name!r}, expected one of {', '.join(sorted(HEALTHY))}.")
     _read(patient)
     fault, copies = PATIENTS[patient]
-    return train({**HEALTHY, fault: BROKEN[fault], name: repaired}, copies)
+    return train({**HEALTHY, fault: BROKEN[fault], name: repaired}, copies, steps)
 
 
 @functools.cache

@@ -34,10 +34,13 @@ PARTS = {
 def swap_in(model: Llama, **parts: Callable[..., Any]) -> Llama:
     """A copy of a model in which functions of yours do the work: `swap_in(model, norm=rms_norm, mask=causal_mask)`.
 
-    PARTS lists the names and how each is called. Raises ValueError for a name that is not among them.
+    PARTS lists the names and how each is called. Raises ValueError for a name that is not among them,
+    and for a quantized model.
     """
     if unknown := parts.keys() - PARTS.keys():
         raise ValueError(f"the model has no part {min(unknown)!r}, expected one of {', '.join(PARTS)}.")
+    if not model.embedding.weight.is_floating_point():
+        raise ValueError("the model's weights are quantized, and parts of yours compute with floats: load it without.")
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, RMSNorm) and "norm" in parts:
