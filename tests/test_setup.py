@@ -34,6 +34,7 @@ case "$*" in
     --version) echo "Python {major}.{minor}.7";;
     *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python;;
     *real-model.txt*) exit ${{REAL_MODEL_FAILS:-0}};;
+    *test,bench*) exit ${{RIVAL_FAILS:-0}};;
     *"pip install"*) echo "$PIP_SAYS" > .venv/install.log; exit ${{PIP_FAILS:-0}};;
 esac
 """
@@ -216,6 +217,18 @@ def test_everything_else_goes_on_without_the_real_model(machine: Machine) -> Non
     assert not machine.was_asked("real-model.txt")
 
 
+def test_only_the_benchmarks_install_their_rival_and_they_go_on_without_it(machine: Machine) -> None:
+    machine.add_python("python3")
+    machine.make("test")
+    assert not machine.was_asked("bench")
+    result = machine.make("bench", RIVAL_FAILS="1")
+    assert result.returncode == 0 and "Warning: llama.cpp could not be compiled" in result.stderr
+    assert machine.was_asked("-m tests.benchmarks")
+    assert "Warning" not in machine.make("bench").stderr and machine.was_asked("test,bench")
+    machine.make("bench")
+    assert not machine.was_asked("test,bench") and machine.was_asked("-m tests.benchmarks")
+
+
 def test_real_model_is_installed_alone_and_by_its_hash(machine: Machine) -> None:
     machine.add_python("python3")
     machine.make("test")
@@ -279,9 +292,11 @@ def test_one_release_at_most_is_pinned_for_each_package(python: str, system: str
 
 def test_everything_that_is_installed_for_the_project_is_pinned_and_in_range() -> None:
     pinned = {canonicalize_name(pin.name): pin for pin in pins() if not pin.marker or pin.marker.evaluate()}
-    declared = PROJECT["dependencies"] + [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    extras = dict(PROJECT["optional-dependencies"])
+    for_bench = [Requirement(line) for line in extras.pop("bench")]  # which only `make bench` installs
+    declared = PROJECT["dependencies"] + [line for lines in extras.values() for line in lines]
     todo = [(Requirement(line), "") for line in declared]
-    for need, _ in todo:
+    for need in [need for need, _ in todo] + for_bench:
         if not need.marker or need.marker.evaluate():
             release = str(pinned[canonicalize_name(need.name)].specifier).removeprefix("==")
             assert need.specifier.contains(release), f"{need} leaves out {release}, which is pinned"

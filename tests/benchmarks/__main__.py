@@ -13,11 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-MODULES = ("training", "decode", "load_memory", "small_toy")
+MODULES = ("training", "decode", "llamacpp", "load_memory", "load_large", "quality", "small_toy")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 NOTE = """\
 Stored by `make bench`. Ours and its peer took turns, again and again: the values are medians, and the ratio is the
-median of each turn's ratio. A target says which way is good: at least (≥) for speed, at most (≤) for memory and time.
+median of each turn's ratio. A target says which way is good: at least (≥) for speed, at most (≤) for memory, time and
+error; what has none is only stated. LOG.md says what was tried and did not help.
 """
 
 
@@ -40,8 +41,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table in Markdown, aligned so that it reads well as plain text too."""
     cells = [["what", "ours", "peer", "unit", "ratio", "target", ""], [""] * 7]
     for r in rows:
-        verdict = "met" if r["met"] else "not met"
-        values = (number(r["ours"]), number(r["peer"]), r["unit"], f"{r['ratio']:.2f}", r["target"], verdict)
+        verdict = "" if not r["target"] else "met" if r["met"] else "not met"
+        ratio = f"{r['ratio']:.{2 if abs(r['ratio'] - 1) > 0.02 else 4}f}"  # of what is nearly equal, the difference
+        values = (number(r["ours"]), number(r["peer"]), r["unit"], ratio, r["target"], verdict)
         cells.append([r["name"], *values])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = (1, 2, 4, 5)  # numbers

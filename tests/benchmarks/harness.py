@@ -55,10 +55,12 @@ def row(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> dict[str, Any]:
-    """A row of the table: two measured values in one unit, their ratio, and whether it meets its target."""
-    assert (at_least is None) != (at_most is None), "a row has one target"
+    """A row of the table: two measured values in one unit, their ratio, and whether it meets its target (if any)."""
+    assert at_least is None or at_most is None, "a row has one target"
     if at_least is not None:
         target, met = f"≥ {at_least:g}", ratio >= at_least
-    else:
+    elif at_most is not None:
         target, met = f"≤ {at_most:g}", ratio <= at_most
+    else:
+        target, met = "", True
     return {"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "target": target, "met": met}
