@@ -67,7 +67,8 @@ def write(folder: Path) -> int:
         file = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
         save_file(weights, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(weights, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     return 2 * CONFIG.n_params()
 
 
