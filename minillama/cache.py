@@ -3,6 +3,8 @@
 Letters: B batch, K key/value heads, S tokens seen so far, D head_dim.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -88,3 +90,48 @@ class KVCache:
         self.length = length
         for layer in self.layers:
             layer.length = length
+
+
+class StaticKV:
+    """The keys and values of one layer, as whole tensors (B, K, max_len, D) whatever is in them."""
+
+    def __init__(self, k: Tensor, v: Tensor, length: Tensor):
+        self.k, self.v, self.length = k, v, length
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put (B, K, T, D) in the last T of `length` columns, which has been advanced already; return all max_len."""
+        places = self.length - k.shape[2] + torch.arange(k.shape[2], device=k.device)
+        self.k.index_copy_(2, places, k)
+        self.v.index_copy_(2, places, v)
+        return self.k, self.v
+
+
+class StaticCache(KVCache):
+    """A cache whose shapes are the same in every step, for a compiled model: its length is a tensor, a mask hides what
+    is not filled yet. A GPU can then repeat one recorded step without asking Python. It reads max_len columns always.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, max_len: int, **settings: Any):
+        super().__init__(config, batch, max_len, **settings)
+        self.filled = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.layers = [StaticKV(layer.k, layer.v, self.filled) for layer in self.layers]  # type: ignore[misc]
+        for layer in self.layers:  # they stay where they are: a recorded step need not copy them
+            for tensor in (layer.k, layer.v):
+                torch._dynamo.mark_static_address(tensor)
+        torch._dynamo.mark_static_address(self.filled)
+
+    def advance(self, new: int) -> tuple[Tensor, Tensor | None]:
+        """Positions and mask, (B, 1, T, max_len). Nobody counts here: what does not fit is an error of the device."""
+        columns = torch.arange(self.max_len, device=self.device)
+        places = self.filled + torch.arange(new, device=self.device)
+        self.filled.add_(new)
+        mask = (columns <= places[:, None])[None]  # (1, T, S)
+        if self.padding is None:
+            return places, mask[:, None]
+        own = columns == places[:, None]
+        mask = mask & (columns >= self.padding[:, None])[:, None] | own
+        return (places - self.padding[:, None]).clamp_min(0), mask[:, None]
+
+    def rewind(self, length: int) -> None:
+        """Forget every token from `length` on."""
+        self.filled.fill_(length)

@@ -22,7 +22,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled():
+        alone = x.numel() == x.shape[-1] and x.device.type == "cpu"
+        if alone and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return rms_norm_of_one(x, self.weight, self.eps)
         # The mean of squares is taken in fp32: in bf16 a sum of thousands of squares loses its small terms.
         # LLaMA rounds to the working dtype before it multiplies by the weight; the other order gives other last bits.

@@ -235,7 +235,8 @@ class JoinedBlock(Block):
         self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None = None
     ) -> Tensor:
         alone = x.numel() == x.shape[-1] and mask is None and x.device.type == "cpu"
-        if not alone or cache is None or not self.attention.fast or any(self.hooks):
+        compiling = torch.compiler.is_compiling()
+        if not alone or cache is None or compiling or not self.attention.fast or any(self.hooks):
             return super().forward(x, turn, mask, cache)
         (H, K, D), (wqkv, wo, gate_up, down) = self.heads, self.kernels
         attention_norm, feedforward_norm, eps = self.norms

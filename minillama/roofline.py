@@ -23,14 +23,14 @@ POSITION, PROMPT = 64, 512  # tokens before the one that is written, and of the 
 def memory_bandwidth(device: torch.device | str = "cpu") -> float:
     """Bytes that can be read in a second: the best of several passes over 256 MiB."""
     numbers = torch.ones(BYTES // 4, device=device)
-    return BYTES / _seconds(numbers.amax, numbers.device, 10)
+    return BYTES / seconds(numbers.amax, numbers.device, 10)
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
     """Floating-point operations in a second: the best of several products of square matrices."""
     matrix = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
     with torch.inference_mode():
-        return 2 * SIDE**3 / _seconds(lambda: linear(matrix, matrix), matrix.device, 5)
+        return 2 * SIDE**3 / seconds(lambda: linear(matrix, matrix), matrix.device, 5)
 
 
 def bytes_per_token(model: Llama, position: int) -> int:
@@ -54,7 +54,7 @@ def decode_speed(model: Llama, *, position: int = POSITION, tokens: int = 16, ro
         for _ in range(tokens):
             next_logits(model, token, cache)
 
-    return tokens / _seconds(write, cache.device, rounds)
+    return tokens / seconds(write, cache.device, rounds)
 
 
 def prefill_speed(model: Llama, *, tokens: int = PROMPT, rounds: int = 3) -> float:
@@ -66,7 +66,7 @@ def prefill_speed(model: Llama, *, tokens: int = PROMPT, rounds: int = 3) -> flo
         cache.rewind(0)
         next_logits(model, prompt, cache)
 
-    return tokens / _seconds(read, cache.device, rounds)
+    return tokens / seconds(read, cache.device, rounds)
 
 
 def _filled_cache(model: Llama, filled: int, more: int) -> KVCache:
@@ -77,7 +77,7 @@ def _filled_cache(model: Llama, filled: int, more: int) -> KVCache:
     return cache
 
 
-def _seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+def seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
     """The shortest of several calls; the first, which warms up, does not count."""
     best = float("inf")
     for number in range(rounds + 1):

@@ -64,6 +64,9 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 
     That is the product of the complex numbers a + bi and cos + i sin.
     """
+    if torch.compiler.is_compiling():  # a compiler makes one pass of it, and has no complex numbers
+        (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turn
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
     # Written out it would be ten passes over x; the complex product is one, and several times faster.
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(*turn)).flatten(-2).to(x.dtype)

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillama.cache import KVCache
+from minillama.cache import KVCache, StaticCache
 from minillama.config import LinearScaling, ModelConfig
+from minillama.generation import next_logits
 from minillama.model import Llama
+from minillama.quantize import quantize
 
 CONFIG = ModelConfig(
     dim=48,
@@ -205,3 +207,70 @@ def test_a_rewind_to_where_it_never_was_is_refused(length):
     with pytest.raises(ValueError, match=f"holds 5 tokens and cannot be rewound to {length}: give 0 to 5"):
         cache.rewind(length)
     assert cache.length == 5
+
+
+# The static cache, for compiled models
+
+
+@pytest.mark.parametrize("steps", [[11], [5, 1, 1, 4], [1] * 11], ids=str)
+@pytest.mark.parametrize("padding", [None, [0, 3, 1]], ids=["plain", "padded"])
+def test_a_static_cache_gives_the_same_logits(padding, steps):
+    model, tokens = random_model(), tokens_of(3, 11)
+    padding = None if padding is None else torch.tensor(padding)
+    expected = in_steps(model, tokens, steps, KVCache(CONFIG, 3, 11, padding=padding))
+    got = in_steps(model, tokens, steps, StaticCache(CONFIG, 3, 16, padding=padding))
+    first = 0 if padding is None else 3  # what pads are told does not matter
+    assert_equal_logits(got[:, first:], expected[:, first:])
+
+
+def test_a_static_cache_forgets_what_came_after_a_rewind():
+    model, tokens = random_model(), tokens_of(1, 9)
+    cache = StaticCache(CONFIG, 1, 12)
+    expected = in_steps(model, tokens, [9], cache)
+    cache.rewind(4)
+    assert_equal_logits(in_steps(model, tokens[:, 4:], [1] * 5, cache), expected[:, 4:])
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+def test_a_step_over_a_static_cache_compiles_as_a_whole_and_once(kind):
+    """With Dynamo's graph run as it is: what a compiler makes of it is the compiler's business."""
+    config = ModelConfig(dim=192, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=32, ffn_dim=320, vocab_size=48,
+                         max_seq_len=64)  # fmt: skip
+    torch.manual_seed(0)
+    model = Llama(config).requires_grad_(False).eval()
+    for weight in model.parameters():
+        weight.uniform_(0.5, 1.5) if weight.dim() == 1 else weight.normal_(std=0.2)
+    model, dtype = (model, torch.float32) if kind == "float32" else (quantize(model, kind), torch.bfloat16)
+    graphs = []
+    torch.compiler.reset()
+    step = torch.compile(
+        next_logits, fullgraph=True, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    cache, static = (make(config, 1, 16, dtype=dtype) for make in (KVCache, StaticCache))
+    prompt = torch.arange(5)[None]
+    logits = next_logits(model, prompt, cache)
+    next_logits(model, prompt, static)
+    for _ in range(6):
+        token = logits.argmax(-1, keepdim=True)
+        logits = next_logits(model, token, cache)
+        bound = (1e-5 if kind == "float32" else 0.05) * logits.abs().max()
+        assert (step(model, token, static) - logits).abs().max() <= bound
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_on_a_gpu_a_recorded_step_gives_the_same_logits(kind):
+    config = ModelConfig(dim=192, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=32, ffn_dim=320, vocab_size=48,
+                         max_seq_len=64)  # fmt: skip
+    torch.manual_seed(0)
+    model = Llama(config).requires_grad_(False).eval().to("cuda", torch.bfloat16)
+    model = model if kind == "bfloat16" else quantize(model, kind)
+    step = torch.compile(next_logits, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    cache, static = (make(config, 1, 16, device="cuda", dtype=torch.bfloat16) for make in (KVCache, StaticCache))
+    token = torch.ones(1, 1, dtype=torch.int64, device="cuda")
+    for _ in range(8):
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = next_logits(model, token, cache)
+        assert (step(model, token, static) - logits).abs().max() <= 0.05 * logits.abs().max()
+        token = logits.argmax(-1, keepdim=True)
