@@ -7,16 +7,17 @@ a likely whole (`beam_search`), and on top of them `generate`, from text to text
 Letters: B batch (prompts, or beams), T tokens in a prompt, V vocabulary.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minillama.cache import KVCache
+from minillama.cache import KVCache, StaticCache
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
@@ -108,6 +109,29 @@ def next_logits(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
     return model.scores(model.hidden(tokens, cache)[:, -1]).float()
 
 
+@functools.cache
+def compiled_step(device: str) -> Callable[[Llama, Tensor, KVCache], Tensor]:
+    """`next_logits` for a `StaticCache`, as one program instead of a thousand calls. It is made when it is first called
+    with a model, a number of rows and a room of the cache. On a GPU it is also recorded, and a step is a single call.
+
+    Raises ValueError, when it is called, where there is no compiler.
+    """
+    torch._dynamo.config.recompile_limit = 64  # one for each of these, of all models
+    mode = "reduce-overhead" if device == "cuda" else None
+    plain = torch.no_grad()(next_logits.__wrapped__)  # type: ignore[attr-defined]  # it stumbles over inference mode
+    step = torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
+
+    def checked(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what the step before gave may be written over
+        try:
+            return step(model, tokens, cache)
+        except torch._inductor.exc.InductorError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"the model cannot be compiled here ({reason:.200}): leave compile out.") from None
+
+    return checked
+
+
 def stream_tokens(
     model: Llama,
     prompts: Sequence[Sequence[int]],
@@ -115,27 +139,33 @@ def stream_tokens(
     max_new_tokens: int,
     sampling: Sampling,
     stop_ids: Collection[int] = (),
+    compile: bool = False,
 ) -> Iterator[list[int | None]]:
     """Continue several prompts, given as token ids, at once. Each step yields one new token for every prompt.
 
     A row ends with one of `stop_ids` (which is yielded), after `max_new_tokens`, or when the model's context is full;
     from then on it yields None, until all rows have ended. Row i draws with the seed plus i, so it says what its prompt
     says alone with that seed (up to rounding: a batch is summed in another order).
+    compile: turn the step into one program first, which takes half a minute and a C++ compiler; see `compiled_step`.
     Raises ValueError for a prompt that is empty, unknown to the vocabulary or too long.
     """
     _check_prompts(model, prompts, max_new_tokens)
     longest = max(map(len, prompts))
     left = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]  # tokens to come
     padding = torch.tensor([longest - len(prompt) for prompt in prompts])
-    cache = _new_cache(model, longest + max(left), padding)
+    cache = _new_cache(model, longest + max(left), padding, static=compile)
     generators = sampling.generators(len(prompts), cache.device)
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=cache.device)
+    step_logits = compiled_step(cache.device.type) if compile else next_logits
+    logits = next_logits(model, tokens, cache)
     while any(left):
-        chosen = sample_next(next_logits(model, tokens, cache), sampling, generators)
+        chosen = sample_next(logits, sampling, generators)
         tokens = chosen[:, None]  # the cache has seen the prompts: from now on, only what is new goes in
         step = [token if n else None for token, n in zip(chosen.tolist(), left, strict=True)]
         left = [0 if token is None or token in stop_ids else n - 1 for token, n in zip(step, left, strict=True)]
         yield step
+        if any(left):
+            logits = step_logits(model, tokens, cache)
 
 
 def guess(ids: Tensor, count: int) -> Tensor:
@@ -268,6 +298,7 @@ def generate(
     length_penalty: float = 1.0,
     n_best: int = 1,
     lookup: int = 0,
+    compile: bool = False,
     stop: str | Sequence[str] = (),
     stream: bool = False,
 ) -> Any:
@@ -282,6 +313,7 @@ def generate(
     draws with the seed plus i.
     lookup: guess so many tokens at a time from the text so far (`stream_lookup`): the same text, sooner if it repeats
     itself, as summaries and edits do. Prompts of a list are then written one after the other.
+    compile: write with a compiled model (`stream_tokens`): worth half a minute for long texts, or many.
     beams: search for the likeliest text instead of drawing one (`beam_search`); n_best above 1: a list for each prompt.
     Raises ValueError for a bad value, and for a prompt that is empty, unknown to the vocabulary or too long.
     """
@@ -307,6 +339,7 @@ def generate(
     if beams is None:
         _check("n_best", n_best, n_best == 1, "1 where beams are not given")
         _check("stream", stream, not (stream and several), "False for several prompts")
+        _check("lookup", lookup, lookup == 0 or not compile, "0 where the model is compiled")
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": tokenizer.stop_ids}
         if lookup:
             seeds = [None if seed is None else seed + row for row in range(len(prompts))]
@@ -316,14 +349,15 @@ def generate(
             ]
         else:
             # Every row reads the same steps. The row that is ahead has them computed; for the others they are kept.
-            copies = itertools.tee(stream_tokens(model, encoded, sampling=sampling, **settings), len(prompts))
-            columns = [_column(copy, row) for row, copy in enumerate(copies)]
+            steps = stream_tokens(model, encoded, sampling=sampling, compile=compile, **settings)
+            columns = [_column(copy, row) for row, copy in enumerate(itertools.tee(steps, len(prompts)))]
         if stream:
             return pieces(0, columns[0])
         texts: list[Any] = [whole(row, column) for row, column in enumerate(columns)]
     else:
         _check("stream", stream, not stream, "False for beams, whose text is known only at the end")
         _check("lookup", lookup, lookup == 0, "0 for beams")
+        _check("compile", compile, not compile, "False for beams")
         _check("sampling", sampling, sampling == Sampling(), "left out for beams, which draw nothing")
         texts = []
         for row, ids in enumerate(encoded):
@@ -360,9 +394,13 @@ def _column(steps: Iterable[list[int | None]], row: int) -> Iterator[int]:
         yield token
 
 
-def _new_cache(model: Llama, max_len: int, padding: Tensor) -> KVCache:
+def _new_cache(model: Llama, max_len: int, padding: Tensor, static: bool = False) -> KVCache:
     weight = model.norm.weight  # a float where other weights may be quantized
-    return KVCache(model.config, len(padding), max_len, device=weight.device, dtype=weight.dtype, padding=padding)
+    settings: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "padding": padding}
+    if not static:
+        return KVCache(model.config, len(padding), max_len, **settings)
+    room = max(128, 1 << (max_len - 1).bit_length())  # few sizes: for each, a step is compiled
+    return StaticCache(model.config, len(padding), room, **settings)
 
 
 def _encode(tokenizer: Tokenizer, prompt: Any) -> list[int]:

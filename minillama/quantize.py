@@ -79,7 +79,7 @@ class Int8Linear(nn.Module):
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) to their rows (B, T, in) bf16."""
-        return self.codes[tokens].bfloat16() * self.scales[tokens, None]
+        return self.codes[tokens].bfloat16() * self.scales[tokens][..., None]
 
 
 class Int4Linear(nn.Module):

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import random
+import shutil
 
 import hypothesis.strategies as st
 import pytest
@@ -451,6 +452,25 @@ def test_guesses_do_not_change_the_text(sampling, lookup):
     assert guessed, "nothing was guessed, so nothing was tested"
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_a_compiled_model_writes_the_same():
+    model, prompts, settings = random_model(vocab_size=260), ["ab", "a longer one"], {"max_new_tokens": 20, "seed": 4}
+    expected = generate(model, spelling(), prompts, **settings)
+    assert generate(model, spelling(), prompts, **settings, compile=True) == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_nothing_can_be_compiled_it_is_said(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    torch.compiler.reset()
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(ValueError, match="leave compile out"):
+        generate(random_model(260, seed=1), spelling(), "ab", max_new_tokens=3, compile=True)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    torch.compiler.reset()
+
+
 class Counter(Parrot):
     """After each token it says the next of 0, 1, 2, 3, 0, …"""
 
@@ -600,6 +620,8 @@ BAD = [
     ({"beams": 2, "top_k": 3}, r"sampling is .*top_k=3.*left out for beams"),
     ({"beams": 2, "stream": True}, "stream is True.*beams"), ({"beams": 2, "lookup": 3}, "lookup is 3, expected 0 for"),
     ({"lookup": -1}, "lookup is -1, expected a whole number from 0"), ({"lookup": 1.5}, "lookup is 1.5"),
+    ({"lookup": 3, "compile": True}, "lookup is 3, expected 0 where the model is compiled"),
+    ({"beams": 2, "compile": True}, "compile is True, expected False for beams"),
 ]  # fmt: skip
 
 

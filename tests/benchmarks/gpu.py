@@ -14,7 +14,7 @@ from minillama import roofline
 from minillama.cache import StaticCache
 from minillama.checkpoint.load import check_device
 from minillama.config import ModelConfig
-from minillama.generation import next_logits
+from minillama.generation import compiled_step
 from minillama.model import Llama
 from minillama.quantize import quantize
 
@@ -37,13 +37,12 @@ def compiled_speed(model: Llama) -> float:
     """Tokens in a second, by a compiled step."""
     device = model.norm.weight.device
     cache = StaticCache(model.config, 1, MAX_LEN, device=device, dtype=model.norm.weight.dtype)
-    step = torch.compile(next_logits, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    step = compiled_step(device.type)
     token = torch.ones(1, 1, dtype=torch.int64, device=device)
 
     def write() -> None:
         cache.rewind(POSITION)
         for _ in range(TOKENS):
-            torch.compiler.cudagraph_mark_step_begin()
             step(model, token, cache)
 
     for _ in range(3):  # compiled, then recorded

@@ -64,25 +64,33 @@ def writing(rounds: int) -> list[dict[str, Any]]:
     model, tokenizer = load("smollm2", dtype="int4")
     prompt = tokenizer.encode(PROMPT)
 
-    def ours() -> int:
-        return len(list(stream_tokens(model, [prompt], max_new_tokens=NEW_TOKENS, sampling=GREEDY)))
+    def ours(compile: bool) -> int:
+        steps = stream_tokens(model, [prompt], max_new_tokens=NEW_TOKENS, sampling=GREEDY, compile=compile)
+        return len(list(steps))
 
     def peer(other: Any) -> int:
         other.reset()
         tokens = other.generate(prompt, temp=0.0)
         return len([token for token, _ in zip(tokens, range(NEW_TOKENS), strict=False)])
 
-    assert ours() == NEW_TOKENS
-    times = race(ours, quicker([partial(peer, other) for other in peer_models(n_ctx=256)]), rounds)
-    name, speeds = "writing with SmolLM2, int4, against llama.cpp", (NEW_TOKENS / times.ours, NEW_TOKENS / times.peer)
-    found = [row(name, *speeds, "tokens/s", times.ratio, at_least=1.0)]
+    assert ours(True) == ours(False) == NEW_TOKENS
+    found = []
 
+    def against(name: str, other: Callable[[], Any], compile: bool, turns: int, at_least: float | None) -> None:
+        times = race(partial(ours, compile), other, turns)
+        what = f"writing with SmolLM2, int4{', compiled' if compile else ''}, against {name}"
+        speeds = NEW_TOKENS / times.ours, NEW_TOKENS / times.peer
+        found.append(row(what, *speeds, "tokens/s", times.ratio, at_least=at_least))
+
+    rival = quicker([partial(peer, other) for other in peer_models(n_ctx=256)])
+    against("llama.cpp", rival, True, rounds, 1.0)
+    against("llama.cpp", rival, False, rounds, None)
     inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.int64)}
     others = [with_transformers(load("smollm2", dtype=dtype)[0]) for dtype in (torch.float32, torch.bfloat16)]
-    calls = [partial(m.generate, **inputs, max_new_tokens=NEW_TOKENS, do_sample=False) for m in others]
-    times = race(ours, quicker(calls), max(3, rounds // 3))
-    name, speeds = name.replace("llama.cpp", "transformers"), (NEW_TOKENS / times.ours, NEW_TOKENS / times.peer)
-    return [*found, row(name, *speeds, "tokens/s", times.ratio, at_least=5.0)]
+    rival = quicker([partial(m.generate, **inputs, max_new_tokens=NEW_TOKENS, do_sample=False) for m in others])
+    against("transformers", rival, True, max(3, rounds // 3), 5.0)
+    against("transformers", rival, False, max(3, rounds // 3), None)
+    return found
 
 
 def reading(rounds: int) -> dict[str, Any]:
