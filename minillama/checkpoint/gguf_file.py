@@ -21,8 +21,10 @@ from minillama.quantize import ROWS, Int4Linear
 NUMBERS = {GGUFValueType[name.upper()].value: np.dtype(name) for name in (
     "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")}
 UINT32, UINT64, STRING, ARRAY = (GGUFValueType[name].value for name in ("UINT32", "UINT64", "STRING", "ARRAY"))
-BLOCKS = {GGMLQuantizationType[name].value: GGMLQuantizationType[name] for name in (
-    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")}
+BLOCKS = {kind.value: kind for kind in GGMLQuantizationType if kind.name in (  # what the package makes into floats
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+    "TQ1_0", "TQ2_0", "MXFP4", "NVFP4")}
 # fmt: on
 MAX_HEADER_BYTES = 2**25  # the largest vocabularies take a third; bounds what a hostile header can cost
 NUMBERS_AT_ONCE = 2**20  # are made into floats: 4 MiB
