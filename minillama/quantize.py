@@ -224,7 +224,8 @@ class JoinedBlock(Block):
         self.heads = a.n_heads, a.n_kv_heads, a.head_dim
         self.kernels = [layer.kernel() for layer in (a.wqkv, a.wo, f.gate_up, f.down)]
         self.norms = self.attention_norm.weight, self.feedforward_norm.weight, self.attention_norm.eps
-        self.hooks = [module._forward_hooks for module in self.modules()][1:]
+        inner = list(self.modules())[1:]
+        self.hooks = [m._forward_hooks for m in inner] + [m._forward_pre_hooks for m in inner]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "JoinedBlock":
         super()._apply(fn, recurse)

@@ -2,6 +2,14 @@
 
 from minillama.visualize.attention import attention_figure, strongest_head
 from minillama.visualize.picture import picture
-from minillama.visualize.record import attention_probabilities
+from minillama.visualize.record import ablate, attention_probabilities, head_means, record
 
-__all__ = ["attention_figure", "attention_probabilities", "picture", "strongest_head"]
+__all__ = [
+    "ablate",
+    "attention_figure",
+    "attention_probabilities",
+    "head_means",
+    "picture",
+    "record",
+    "strongest_head",
+]
