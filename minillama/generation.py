@@ -25,7 +25,7 @@ from minillama.tokenizer import Tokenizer
 def top_k_filter(logits: Tensor, k: int) -> Tensor:
     """Keep the k highest logits of every row (B, V), and what ties with the k-th; the others become -inf.
 
-    Source: Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.3.
+    Source: Fan et al. 2018, "Hierarchical Neural Story Generation".
     """
     kth = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
     return logits.masked_fill(logits < kth, -torch.inf)
