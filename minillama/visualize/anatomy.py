@@ -13,13 +13,13 @@ from minillama.model import Llama
 class Anatomy(NamedTuple):
     """The modules that recorders listen to. In each list one for every layer, first to last."""
 
-    embedding: nn.Module  # tokens (B, T) → (B, T, dim)
-    blocks: list[nn.Module]
-    attentions: list[nn.Module]
-    wo: list[nn.Module]  # reads the heads' mixtures, (B, T, H·D)
-    feedforwards: list[nn.Module]
-    down: list[nn.Module]  # reads the opened neurons, (B, T, ffn_dim)
-    norm: nn.Module  # the last one, before the scores
+    embedding: Any  # tokens (B, T) → (B, T, dim)
+    blocks: list[Any]
+    attentions: list[Any]
+    wo: list[Any]  # reads the heads' mixtures, (B, T, H·D)
+    feedforwards: list[Any]
+    down: list[Any]  # reads the opened neurons, (B, T, ffn_dim)
+    norm: Any  # the last one, before the scores
     n_heads: int
 
 
@@ -40,6 +40,13 @@ def anatomy(model: nn.Module) -> Anatomy:
             inner.config.num_attention_heads,
         )  # fmt: skip
     raise ValueError(f"the model is a {type(model).__name__}, expected a Llama or transformers' LlamaForCausalLM.")
+
+
+def check_floats(model: nn.Module) -> None:
+    """Raise ValueError for a quantized model, where its weights themselves are to be looked at."""
+    weight: Any = anatomy(model).embedding.weight
+    if not weight.is_floating_point():
+        raise ValueError("the model's weights are quantized, and this is read from floats: load it without.")
 
 
 @torch.inference_mode()

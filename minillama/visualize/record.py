@@ -44,8 +44,8 @@ def record(
     """Record while the model runs: `with record(model, "stream") as seen: model(tokens)`; then `seen.stream`.
 
     model: a `Llama`, or transformers' LLaMA. parts: of "attention", "heads", "stream", "feedforward". layers: which (of
-    the stream also L, after the last); None: all. What is recorded lies on the CPU in `dtype`. The model computes what it
-    always does; only for "attention" it takes its readable path, up to rounding the same.
+    the stream also L, after the last); None: all. What is recorded lies on the CPU in `dtype`. The model computes what
+    it always does; only for "attention" it takes its readable path, up to rounding the same.
     Raises ValueError for other parts and layers.
     """
     if unknown := [part for part in parts if part not in PARTS]:
