@@ -17,7 +17,8 @@ from minillama.trainer import mean_loss
 # `int8_product(x, weight)`: x (..., in), with any axes before the last; weight (out, in), each fp32 or bf16 → three tensors:
 #
 # - codes (out, in) int8: the weights in steps of their row's scale, each rounded to the nearest whole number;
-# - scales (out,) fp32: what one step is worth. The largest weight of a row, by size, becomes 127 or -127;
+# - scales (out,) fp32, where the chapter has bf16: what one step is worth. The largest weight of a row, by size, becomes
+#   127 or -127;
 # - y (..., out) fp32: the product of x with the weight that the codes stand for, transposed.
 #
 # A row of zeros has zeros as codes, and the scale 0. Compute in fp32. Do not make a second weight out of codes and scales: a

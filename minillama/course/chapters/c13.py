@@ -121,6 +121,19 @@ INT8 = Exercise(
               _int8_as(product=lambda x, codes, scales, w: x @ codes * scales)),
         Wrong("the scales are found in bf16, which rounds them before they are used: go to fp32 first.",
               lambda x, weight: _int8(x, weight, dtype=weight.dtype)),
+        Wrong("all is computed in the dtype of the weight, which rounds it: go from bf16 to fp32 first.",
+              lambda x, weight: _then(_int8, lambda codes, scales, y: (codes, scales.to(weight.dtype), y))(
+                  x, weight, dtype=weight.dtype)),
+        Wrong("the scales are rounded to bf16 before they are used, as the chapter's are: here they stay in fp32.",
+              _int8_as(scales=lambda w: (w.abs().amax(1) / 127).bfloat16().float())),
+        Wrong("the scales are stored in bf16, as the chapter's are: here they stay in fp32, and so the codes differ.",
+              _then(_int8_as(scales=lambda w: (w.abs().amax(1) / 127).bfloat16().float()),
+                    lambda codes, scales, y: (codes, scales.bfloat16(), y))),
+        Wrong("the inputs are rounded to whole steps, too: here only the weights are, and x is used as it comes.",
+              _int8_as(product=lambda x, codes, scales, w: F.linear((x / (step := _or_one(x.abs().amax(
+                  -1, keepdim=True) / 127))).round(), codes) * scales * step)),
+        Wrong("a small number is added to the scales: a row of smaller weights becomes zeros.",
+              _int8_as(scales=lambda w: w.abs().amax(1) / 127 + 1e-8)),
         Wrong("the scales are never smaller than 1e-8, and a row of smaller weights becomes zeros.",
               _int8_as(scales=lambda w: (w.abs().amax(1) / 127).clamp_min(1e-8))),
         Wrong("a row of zeros has the scale 1, expected 0.",
@@ -162,7 +175,6 @@ def _int4_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     yield equal, 6
     yield normal(3, 2), 1
     yield normal(8, 16) * 1e-10, 8
-    yield normal(0, 8), 4
     grid = torch.randint(-59, 67, (5, 4, 8), generator=rng).float()  # no code lies in the middle of two
     grid[..., 1], grid[..., 6] = -60, 67
     yield (grid.flatten(1) / 128).bfloat16(), 8
@@ -212,7 +224,22 @@ def _size(g: Tensor) -> Tensor:
 
 def _everywhere(of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The same number, of all groups, for each of them."""
-    return lambda g: (of(g) if g.numel() else g.new_zeros(())).expand(*g.shape[:-1], 1).clone()
+    return lambda g: of(g).expand(*g.shape[:-1], 1).clone()
+
+
+def _apart(weight: Tensor, group: int) -> _Int4:
+    """As many groups as there should be, each of weights that stand apart by their number."""
+    grouped = weight.float().unflatten(1, (group, -1))
+    low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)
+    scales = (high - low) / 15
+    codes = ((grouped - low) / _or_one(scales)).round().to(torch.uint8).flatten(1)
+    return _neighbours(codes, group), scales.squeeze(1), low.squeeze(1)
+
+
+def _pairs_of_groups(codes: Tensor, group: int) -> Tensor:
+    """Neighbours in each group share a byte: of an odd group the last has none."""
+    grouped = codes.unflatten(1, (-1, group))
+    return (grouped[..., ::2] | grouped[..., 1::2] << 4).reshape(len(codes), codes.shape[1] // 2)
 
 
 INT4 = Exercise(
@@ -238,6 +265,11 @@ INT4 = Exercise(
               lambda weight, group: _across(weight, group, 1)),
         Wrong("a row is cut into as many groups as a group has weights: `group` is their size, not their number.",
               _int4_as(cut=lambda w, group: w.unflatten(1, (group, -1)))),
+        Wrong("the groups have the right number, but each takes weights from all over its row: a group is of "
+              "neighbours.", _apart),
+        Wrong("all groups of a row have the row's smallest weight and scale: each group has its own.",
+              _int4_as(low=_everywhere(lambda g: g.amin((1, 2), keepdim=True)), scale=_everywhere(
+                  lambda g: (g.amax((1, 2), keepdim=True) - g.amin((1, 2), keepdim=True)) / 15))),
         Wrong("a row has one scale: each group of it has its own.",
               _int4_as(cut=lambda w, group: w[:, None])),
         Wrong("all groups have the smallest weight and the scale of the whole matrix.",
@@ -251,6 +283,10 @@ INT4 = Exercise(
               _int4_as(pack=lambda codes, group: (halves := codes.chunk(2, 1))[1] | halves[0] << 4)),
         Wrong("the halves of each group are packed together, as in GGUF's files: here neighbours share a byte.",
               _int4_as(pack=_of_groups)),
+        Wrong("neighbours are paired within their group, which cannot be done where a group is odd: pack the codes of "
+              "the whole row.", _int4_as(pack=_pairs_of_groups)),
+        Wrong("both codes of a byte move up by 4 bits, since a sum comes before a shift: only the second one moves.",
+              _int4_as(pack=lambda codes, group: codes[:, ::2] + codes[:, 1::2] << 4)),
         Wrong("the codes are not packed: two of them share a byte.",
               _int4_as(pack=lambda codes, group: codes)),
         Wrong("the second code of a byte lies over the first: it must move up by 4 bits.",
@@ -495,9 +531,11 @@ def _accept(guesses: Tensor, q: Tensor, p: Tensor, chances: Tensor, *,
             rest: Callable[[Tensor, Tensor, Tensor], Tensor] = _residual,
             draw: Callable[[Tensor, Tensor], Tensor] = _draw, chance: Callable[[int, int], int] = lambda n, k: n + 1,
             row: Callable[[int, int], int] = lambda n, k: n, last: Callable[[int], int] = lambda k: k,
-            always: bool = False, end: bool = True, stop: bool = True, kept: str = "first") -> Tensor:  # fmt: skip
+            always: bool = False, end: bool = True, stop: bool = True, kept: str = "first", shift: int = 0,
+            ) -> Tensor:  # fmt: skip
     k = len(guesses)
-    chosen = keep(chances[:k], p[:k].gather(1, guesses[:, None])[:, 0], q.gather(1, guesses[:, None])[:, 0])
+    looked = p[shift : k + shift].gather(1, guesses[:, None])[:, 0]
+    chosen = keep(chances[:k], looked, q.gather(1, guesses[:, None])[:, 0])
     n = k if always else int(chosen.long().cumprod(0).sum())
     before = guesses[:n]
     if kept == "all":
@@ -505,6 +543,8 @@ def _accept(guesses: Tensor, q: Tensor, p: Tensor, chances: Tensor, *,
     elif kept == "count":
         n = int(chosen.sum())
         before = guesses[:n]
+    elif kept == "refused":
+        before = guesses[: n + 1]
     if not (stop if n < k else end):
         return before
     if n == k:
@@ -559,6 +599,11 @@ ACCEPT = Exercise(
               "written.", _accept_as(draw=lambda w, chance: (w.cumsum(0) <= chance).sum())),
         Wrong("what is left does not sum to 1: where the chance exceeds the sum, the last token is written.",
               _accept_as(draw=lambda w, chance: (w.cumsum(0) <= chance).sum().clamp_max(len(w) - 1))),
+        Wrong("what is left does not sum to 1: where the chance exceeds the sum, no token is found.",
+              _accept_as(draw=lambda w, chance: (w.cumsum(0) > chance).nonzero()[0])),
+        Wrong("what is left is p − q as it stands, which sums to 0: where q is larger nothing is left, and the rest is "
+              "scaled to sum to 1.", _accept_as(rest=lambda p, q, guess: p - q,
+                                                draw=lambda w, chance: (w.cumsum(0) > chance).nonzero()[0])),
         Wrong("the chance 0 draws token 0 even where its probability is 0: take the first token at which the sum "
               "exceeds the chance.",
               _accept_as(draw=lambda w, chance: torch.searchsorted((w / w.sum()).cumsum(0), chance))),
@@ -572,6 +617,8 @@ ACCEPT = Exercise(
               _accept_as(kept="count")),
         Wrong("the refused guess is written all the same: another token is drawn in its place.",
               _accept_as(rest=lambda p, q, guess: F.one_hot(guess, len(p)).float())),
+        Wrong("the refused guess is written, and another token behind it: that token stands in its place.",
+              _accept_as(kept="refused")),
         Wrong("nothing follows when all guesses are kept: the model's pass has given one more token.",
               _accept_as(end=False)),
         Wrong("nothing follows a refused guess: another token is drawn in its place.", _accept_as(stop=False)),
@@ -583,6 +630,8 @@ ACCEPT = Exercise(
               _accept_as(chance=lambda n, k: k)),
         Wrong("after a refusal the probabilities of the place behind are used: another token is drawn for the same "
               "place.", _accept_as(row=lambda n, k: n + 1)),
+        Wrong("each guess is held against the probabilities of the place behind it: p[0] is for the first guess.",
+              _accept_as(shift=1, row=lambda n, k: n + 1)),
         Wrong("when all are kept, the next token is drawn from the probabilities of the last guess, which stand one "
               "row before.", _accept_as(last=lambda k: max(k - 1, 0))),
     ),
@@ -634,17 +683,20 @@ def _limit(config: dict[str, Any], bits: float, batch: int, context: int, bandwi
            folded: bool = False, own_dim: bool = True, rows: bool = True, ffn: int = 3, both: int = 2,
            products: int = 2, layers: bool = True, cache_bits: Callable[[float], float] = lambda bits: 16,
            tables: Callable[[bool], int] = lambda tied: 1, used: Callable[[bool], int] = lambda tied: 1,
-           ) -> float:  # fmt: skip
+           square: bool = False, outputs: int = 1, seen_rows: bool = True, seen_layers: bool = True,
+           whole: Callable[[float], float] = lambda size: size) -> float:  # fmt: skip
     dim, n, heads, kv_heads, head_dim, ffn_dim, vocab, tied = (config[name] for name in _FIELDS)
     wide = head_dim if own_dim else dim // heads
     groups = kv_heads if shared else heads
-    blocks = n * (2 * dim * wide * (heads + groups) + ffn * dim * ffn_dim)
+    queries = dim if square else wide * heads
+    blocks = n * (dim * ((1 + outputs) * queries + 2 * wide * groups) + ffn * dim * ffn_dim)
     table = vocab * dim
-    weights = (blocks + tables(tied) * table) * bits / byte * (batch if read_again else 1)
+    weights = (blocks + tables(tied) * table) * whole(bits / byte) * (batch if read_again else 1)
     past = both * (n if layers else 1) * context * (kv_heads if kv else heads) * wide * cache_bits(bits) / 8
     read = weights + (past * (batch if per_row else 1) if cached else 0)
-    seen = products * n * context * (kv_heads if folded else heads) * wide
-    done = multiply_add * (blocks + used(tied) * table + seen) * (batch if rows else 1)
+    seen = products * (n if seen_layers else 1) * context * (kv_heads if folded else heads) * wide
+    matrices = (blocks + used(tied) * table) * (batch if rows else 1)
+    done = multiply_add * (matrices + seen * (batch if seen_rows else 1))
     return larger(read / bandwidth, done / flops)
 
 
@@ -673,7 +725,11 @@ LIMIT = Exercise(
         Wrong("bits are taken as bytes: a byte has 8 of them.", _limit_as(byte=1)),
         Wrong("a multiplication and an addition are counted as one operation: they are two.",
               _limit_as(multiply_add=1)),
-        Wrong("the operations are one text's: each text has its own.", _limit_as(rows=False)),
+        Wrong("the operations are one text's: each text has its own.", _limit_as(rows=False, seen_rows=False)),
+        Wrong("the matrices are multiplied for one text only: they are read once, but used for each text.",
+              _limit_as(rows=False)),
+        Wrong("the products of attention are one text's: each text has its own.", _limit_as(seen_rows=False)),
+        Wrong("the products of attention are one layer's: each layer has its own.", _limit_as(seen_layers=False)),
         Wrong("the cache has a place for every query head: it holds keys and values, of which there are n_kv_heads.",
               _limit_as(kv=False)),
         Wrong("wk and wv are as large as wq: they have n_kv_heads heads.", _limit_as(shared=False)),
@@ -682,6 +738,11 @@ LIMIT = Exercise(
         Wrong("the products of attention are counted for n_kv_heads: keys are read once for a group, but each of its "
               "queries is multiplied with them.", _limit_as(folded=True)),
         Wrong("dim / n_heads is taken for head_dim: a config may give another one.", _limit_as(own_dim=False)),
+        Wrong("wq and wo are taken to be dim by dim: their n_heads heads of head_dim may be more or fewer than dim.",
+              _limit_as(square=True)),
+        Wrong("one of wq and wo is missing: attention has four matrices.", _limit_as(outputs=0)),
+        Wrong("bits are cut to whole bytes: a weight may have 4 or 5 bits, which is less than one.",
+              _limit_as(whole=math.floor)),
         Wrong("the cache has only keys, or only values: it holds both.", _limit_as(both=1)),
         Wrong("the cache is one layer's: each layer has its own.", _limit_as(layers=False)),
         Wrong("the cache is counted with the bits of the weights: it stays in bf16.",
@@ -699,6 +760,8 @@ LIMIT = Exercise(
               _limit_as(tables=lambda tied: 1 if tied else 2)),
         Wrong("the table of embeddings is read and multiplied where it is not tied: a token looks one row of it up.",
               _limit_as(tables=lambda tied: 1 if tied else 2, used=lambda tied: 1 if tied else 2)),
+        Wrong("the embeddings are counted beside the output: looking up costs nothing, and a tied table counts once.",
+              _limit_as(tables=lambda tied: 2, used=lambda tied: 2)),
         Wrong("these are steps a second, expected the seconds of a step.",
               lambda *a: 1 / _limit(*a)),
         Wrong("these are tokens a second, expected the seconds of a step.",
