@@ -29,7 +29,7 @@ SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1}  # bytes of one numbe
 # - the file is too short for the header's length, or for the header;
 # - a tensor has not as many bytes as its shape and dtype ask for;
 # - the tensors do not fill the part behind the header exactly: each of its bytes belongs to one tensor, and they lie in any
-#   order. (An empty tensor has none; `[]` is the shape of a single number.)
+#   order. (An empty tensor has no bytes, and may begin where another one does; `[]` is the shape of a single number.)
 #
 # A header may end in spaces, which its length counts. An entry called `__metadata__` is a note, and no tensor.
 #
@@ -121,7 +121,7 @@ def our_name(theirs: str) -> str | None:
 # `whole` is the shape that the config asks for, as a tuple → one tensor of that shape, and of the dtype of the parts.
 #
 # A part that has the whole's shape is the whole (the norms, or the only shard). If not, the matrix was cut along one axis, and
-# the shapes tell which. Raise ValueError if the parts make no such matrix.
+# the shapes tell which. Raise ValueError if the parts, or the only one, do not make a tensor of the whole's shape.
 #
 # For example `[[1.], [2.]]` and `[[3.], [4.]]` make `[[1., 3.], [2., 4.]]` for the whole (2, 2), and
 # `[[1.], [2.], [3.], [4.]]` for (4, 1).

@@ -40,10 +40,9 @@ def _header_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     n = 4 * rows * columns
     a: _Entry = ("a.weight", "F32", [rows, columns], 0, n)
     files = [
-        # right ones: a header that is not in the data's order; a scalar and an empty tensor; nothing but a note
+        # right ones: a header that is not in the data's order; a scalar; nothing but a note
         _file([("b.weight", "BF16", [rows + 9], n, n + 2 * rows + 18), a], n + 2 * rows + 18, rng, note=True, pad=5),
-        _file([("größe", "I64", [], 0, 8), ("none", "F16", [0, columns], 8, 8),
-               ("u", "U8", [2, 1, rows], 8, 8 + 2 * rows)], 8 + 2 * rows, rng),
+        _file([("größe", "I64", [], 0, 8), ("u", "U8", [2, 1, rows], 8, 8 + 2 * rows)], 8 + 2 * rows, rng),
         _file([], 0, rng, note=True, pad=3),
         # bytes shared; shared and a gap as long; beyond the end; a gap; bytes left over; a shape that does not fit
         _file([a, ("b", "F16", [20], n - 16, n + 24)], n + 24, rng),
@@ -55,6 +54,12 @@ def _header_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
         # cut short: within the header, and within its length
         (12).to_bytes(8, "little") + b"{}",
         (64).to_bytes(8, "little")[:5],
+        # right ones with an empty tensor, which begins where another does, named before it and after it
+        _file([a, ("none", "F16", [0, columns], n, n), ("u", "U8", [rows], n, n + rows)], n + rows, rng),
+        _file([a, ("none", "F16", [columns, 0], 0, 0)], n, rng),
+        # bytes of none before the first tensor; a length that is out of bounds in its upper bytes only
+        _file([("a.weight", "F32", [rows, columns], 4, n + 4)], n + 4, rng),
+        (2 + 2**40).to_bytes(8, "little") + b"{}",
     ]  # fmt: skip
     return [(data,) for data in files]
 
@@ -62,8 +67,9 @@ def _header_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
 def _fills(places: list[tuple[int, int]], size: int, how: str) -> bool:
     """Whether places in a data part of `size` bytes are as they should be, looked at in one of several ways."""
     bounds = all(0 <= start <= end <= size for start, end in places)
-    ordered = places if how == "unsorted" else sorted(places)
-    apart = all(one[1] <= other[0] for one, other in zip(ordered, ordered[1:], strict=False))
+    ordered = {"unsorted": places, "by start": sorted(places, key=lambda place: place[0])}.get(how, sorted(places))
+    pairs = list(zip(ordered, ordered[1:], strict=False))
+    apart = all(one[1] <= other[0] for one, other in pairs)
     ends = [0, *(end for _, end in ordered)]
     chain = all(start == end for (start, _), end in zip(ordered, ends, strict=False))
     return {
@@ -73,7 +79,13 @@ def _fills(places: list[tuple[int, int]], size: int, how: str) -> bool:
         "apart only": apart,
         "sum": bounds and sum(end - start for start, end in places) == size,
         "open end": chain,
+        "covered": bounds and len({i for start, end in places for i in range(start, end)}) == size,
+        "open start": ends[-1] == size and all(one[1] == other[0] for one, other in pairs),
     }.get(how, chain and ends[-1] == size)
+
+
+def _from_four(data: bytes, order: Any) -> int:
+    return int.from_bytes(data[:4], order)
 
 
 def _from_struct(data: bytes, order: str) -> int:
@@ -82,7 +94,8 @@ def _from_struct(data: bytes, order: str) -> int:
 
 def _read_header(data: bytes, *, number: Callable[..., int] = int.from_bytes, order: Any = "little",
                  base: Callable[[int, bytes], int] = lambda n, text: 8 + n, noted: bool = False, length: bool = True,
-                 shape: str = "bytes", fills: str = "exact", turn: bool = False) -> dict[str, Any]:  # fmt: skip
+                 shape: str = "bytes", fills: str = "exact", turn: bool = False,
+                 count: Callable[[list[int]], int] = math.prod) -> dict[str, Any]:  # fmt: skip
     n = number(data[:8], order)
     if length and 8 + n > len(data):
         raise ValueError("the header is longer than the file")
@@ -91,7 +104,7 @@ def _read_header(data: bytes, *, number: Callable[..., int] = int.from_bytes, or
     for name, entry in json.loads(text).items():
         if name == "__metadata__" and not noted:
             continue
-        (start, end), size = entry["data_offsets"], math.prod(entry["shape"])
+        (start, end), size = entry["data_offsets"], count(entry["shape"])
         if shape != "unchecked" and end - start != size * (_SIZES[entry["dtype"]] if shape == "bytes" else 1):
             raise ValueError(f"{name} has {end - start} bytes")
         found[name] = (entry["dtype"], tuple(entry["shape"])[:: -1 if turn else 1], start, end)
@@ -145,6 +158,19 @@ HEADER = Exercise(
               lambda data: _read_header(data, fills="open end")),
         Wrong("the tensors are expected in the header's order: it may name them in another one than they lie.",
               lambda data: _read_header(data, fills="unsorted")),
+        Wrong("bytes that belong to no tensor are noticed, but bytes that belong to two are not.",
+              lambda data: _read_header(data, fills="covered")),
+        Wrong("the beginning of the first tensor is not compared with the beginning of the data part: bytes between "
+              "header and tensor belong to none.", lambda data: _read_header(data, fills="open start")),
+        Wrong("tensors are put in order by their beginning alone: an empty one may then come behind another that "
+              "begins at the same place, and a good file is refused.",
+              lambda data: _read_header(data, fills="by start")),
+        Wrong("only four bytes of the length are read: it has 8, and those above may not be 0.",
+              lambda data: _read_header(data, number=_from_four)),
+        Wrong("the shape `[]` is counted as no number at all: it is that of a single one.",
+              lambda data: _read_header(data, count=lambda shape: math.prod(shape) if shape else 0)),
+        Wrong("an empty tensor is counted as one number: a shape with a 0 in it has none.",
+              lambda data: _read_header(data, count=lambda shape: math.prod(shape) or 1)),
         Wrong("the shapes are turned round: that is GGUF's order; here they are as in PyTorch.",
               lambda data: _read_header(data, turn=True)),
     ),
@@ -332,6 +358,8 @@ def _shard_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     yield _cut(torch.randn(4, 6, generator=rng).bfloat16(), 2, 1)
     yield [torch.randn(2, 5, generator=rng) for _ in range(2)], (5, 5)  # a shard is missing
     yield [torch.randn(3, 5, generator=rng) for _ in range(2)], (6, 10)  # two of four quarters
+    yield [norm, norm.clone()], (7,)  # a norm of another model
+    yield [torch.randn(3, 7, generator=rng)], (4, 7)  # the only shard, of another model
 
 
 def _axis(part: Tensor, whole: tuple[int, ...]) -> int:
@@ -381,6 +409,17 @@ def _refuses_norms(parts: list[Tensor], whole: tuple[int, ...]) -> Tensor:
     return _join(parts, whole)
 
 
+_unchecked = _as(lambda parts, whole: torch.cat(parts, _axis(parts[0], whole)))
+
+
+def _tries_both(parts: list[Tensor], whole: tuple[int, ...]) -> Tensor:
+    if any(part.shape != whole for part in parts):
+        parts = [joined for joined in (torch.cat(parts, axis) for axis in (0, 1)) if joined.shape == whole]
+    if not parts:
+        raise ValueError("no axis fits")
+    return parts[0].clone()
+
+
 JOIN = Exercise(
     "12.3", "join Meta's shards", "join", minutes=20, difficulty=3,
     why="A model that was cut for eight GPUs is joined on one laptop; nothing but the shapes says how it was cut.",
@@ -407,7 +446,18 @@ JOIN = Exercise(
         Wrong("the order of the shards is reversed.",
               lambda parts, whole: _join(parts[::-1], whole)),
         Wrong("the axis is right, but no shape is refused: parts that do not make the whole must raise ValueError.",
-              _as(lambda parts, whole: torch.cat(parts, _axis(parts[0], whole)))),
+              _unchecked),
+        Wrong("a norm is taken as it is, whatever the whole's shape: one of another length must raise ValueError.",
+              lambda parts, whole: parts[0].clone() if len(whole) == 1 else _join(parts, whole)),
+        Wrong("an only part is taken as it is, whatever the whole's shape: if they differ, ValueError must be raised.",
+              lambda parts, whole: parts[0].clone() if len(parts) == 1 else _join(parts, whole)),
+        Wrong("norms and an only part are taken as they are: if the whole has another shape, ValueError must be "
+              "raised.",
+              lambda parts, whole: parts[0].clone() if 1 in (len(parts), len(whole)) else _join(parts, whole)),
+        Wrong("norms are taken as they are, and no shape is refused: parts that do not make the whole must raise "
+              "ValueError.", lambda parts, whole: parts[0].clone() if len(whole) == 1 else _unchecked(parts, whole)),
+        Wrong("both axes are tried where there is only one: a norm of another length stumbles in PyTorch, expected "
+              "ValueError.", _tries_both),
         Wrong("an axis is taken where the sizes sum up, whatever the other axis says: a quarter of a matrix is cut "
               "along both, and two quarters do not make it.", _as(_sums_up)),
         Wrong("the rows are put below each other and then reshaped: where columns were cut, numbers come into other "
@@ -584,6 +634,14 @@ Q4_1 = Exercise(
               lambda data: _q4(data, codes=lambda c: torch.cat([c & 15, c.contiguous().view(torch.int8) >> 4], -1))),
         Wrong("the high halves are 16 times too large: they must move down by 4 bits.",
               lambda data: _q4(data, codes=lambda c: torch.cat([c & 15, c & 240], -1))),
+        Wrong("the high halves keep a fraction, which the low halves leave in them: codes are whole numbers.",
+              lambda data: _q4(data, codes=lambda c: torch.cat([c & 15, c / 16], -1))),
+        Wrong("the low halves of a whole row come first, then all its high ones: each block has its own 16 and 16.",
+              lambda data: _q4(data).unflatten(1, (-1, 2, 16)).transpose(1, 2).flatten(1)),
+        Wrong("the scale and the smallest value are read as whole numbers: the two bytes of each are an fp16 number.",
+              lambda data: _q4(data, dtype=torch.int16)),
+        Wrong("the two bytes of the scale, and of the smallest value, are put together as a whole number without sign: "
+              "they are an fp16 number.", lambda data: _q4(data, dtype=torch.uint16)),
         Wrong("the low halves still have the high ones in them.",
               lambda data: _q4(data, codes=lambda c: torch.cat([c, c >> 4], -1))),
         Wrong("the scale and the smallest value are read as bf16: they are fp16 numbers.",
@@ -645,14 +703,16 @@ def _memory(config: dict[str, Any], bits: float, batch: int, tokens: int, *, kv:
             own_cache_dim: bool = True, ffn: int = 3, queries: int = 2,
             norms: Callable[[int], int] = lambda n: 2 * n + 1, norm_bits: Callable[[float], float] = lambda bits: 32,
             cache_bits: Callable[[float], float] = lambda bits: 16,
-            rows: bool = True, layers: bool = True, byte: float = 8) -> tuple[float, float]:  # fmt: skip
+            rows: bool = True, layers: bool = True, byte: float = 8, weight_byte: float | None = None,
+            square: bool = False, cache_row: bool = False) -> tuple[float, float]:  # fmt: skip
     dim, n, heads, kv_heads, head_dim, ffn_dim, vocab, tied = (config[name] for name in _FIELDS)
     wide, cached = (head_dim if own else dim // heads for own in (own_dim, own_cache_dim))
     shared, kept = (kv_heads if grouped else heads for grouped in (kv, cache_kv))
-    block = queries * dim * heads * wide + 2 * dim * shared * wide + ffn * dim * ffn_dim
+    block = queries * dim * (dim if square else heads * wide) + 2 * dim * shared * wide + ffn * dim * ffn_dim
     weights = (tables(tied) * vocab * dim + n * block) * bits + norms(n) * dim * norm_bits(bits)
-    cache = both * (n if layers else 1) * (batch if rows else 1) * tokens * kept * cached * cache_bits(bits)
-    return weights / byte, cache / byte
+    row = dim if cache_row else kept * cached
+    cache = both * (n if layers else 1) * (batch if rows else 1) * tokens * row * cache_bits(bits)
+    return weights / (weight_byte or byte), cache / byte
 
 
 def _memory_as(**options: Any) -> Callable[..., tuple[float, float]]:
@@ -672,6 +732,13 @@ MEMORY = Exercise(
               _memory_as(kv=False, cache_kv=False)),
         Wrong("the cache has only keys, or only values: it holds both.", _memory_as(both=1)),
         Wrong("bits are taken as bytes: a byte has 8 of them.", _memory_as(byte=1)),
+        Wrong("the weights are in bits, expected bytes: a byte has 8 of them.", _memory_as(weight_byte=1)),
+        Wrong("bits become whole bytes before they are multiplied: 8.5 bits are more than one byte, and 5 more than none.",
+              lambda config, bits, *rest: _memory(config, bits // 8 * 8, *rest)),
+        Wrong("wq and wo are taken as square: the heads together may be wider than dim, or narrower.",
+              _memory_as(square=True)),
+        Wrong("the cache has dim numbers for each key and value: there are n_kv_heads of them, each a head wide.",
+              _memory_as(cache_row=True)),
         Wrong("a tied output is counted again: it is the embedding's table.", _memory_as(tables=lambda tied: 2)),
         Wrong("the output is never counted: where it is not tied, it is a second table.",
               _memory_as(tables=lambda tied: 1)),
@@ -693,6 +760,7 @@ MEMORY = Exercise(
               _memory_as(norms=lambda n: n + 1)),
         Wrong("the norms are counted with the bits of the matrices: they stay in fp32.",
               _memory_as(norm_bits=lambda bits: bits)),
+        Wrong("the norms are in bf16: they stay in fp32.", _memory_as(norm_bits=lambda bits: 16)),
         Wrong("the cache is counted with the bits of the weights: it stays in bf16.",
               _memory_as(cache_bits=lambda bits: bits)),
         Wrong("the cache is in fp32: bf16 has 16 bits.", _memory_as(cache_bits=lambda bits: 32)),
