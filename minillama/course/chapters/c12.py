@@ -733,7 +733,7 @@ MEMORY = Exercise(
         Wrong("the cache has only keys, or only values: it holds both.", _memory_as(both=1)),
         Wrong("bits are taken as bytes: a byte has 8 of them.", _memory_as(byte=1)),
         Wrong("the weights are in bits, expected bytes: a byte has 8 of them.", _memory_as(weight_byte=1)),
-        Wrong("bits become whole bytes before they are multiplied: 8.5 bits are more than one byte, and 5 more than none.",
+        Wrong("bits become whole bytes too early: 8.5 bits are more than one byte, and 5 more than none.",
               lambda config, bits, *rest: _memory(config, bits // 8 * 8, *rest)),
         Wrong("wq and wo are taken as square: the heads together may be wider than dim, or narrower.",
               _memory_as(square=True)),
