@@ -1,6 +1,10 @@
 """Looking inside (chapter 11): recorders, which take numbers out of a running model, and views, which draw them."""
 
 from minillama.visualize.attention_map import attention_figure, strongest_head
+from minillama.visualize.grid import grid, head_grid, lens_grid
+from minillama.visualize.heads import copying_scores, induction_scores, previous_word_scores, rollout
+from minillama.visualize.lens import attribution, logit_lens
+from minillama.visualize.patching import patching
 from minillama.visualize.picture import picture
 from minillama.visualize.record import ablate, attention_probabilities, head_means, record
 
@@ -8,8 +12,18 @@ __all__ = [
     "ablate",
     "attention_figure",
     "attention_probabilities",
+    "attribution",
+    "copying_scores",
+    "grid",
+    "head_grid",
     "head_means",
+    "induction_scores",
+    "lens_grid",
+    "logit_lens",
+    "patching",
     "picture",
+    "previous_word_scores",
     "record",
+    "rollout",
     "strongest_head",
 ]
