@@ -239,6 +239,14 @@ def log_prob(text: str, heldout: bool = False) -> float:
     return read(text, heldout).log_prob
 
 
+def surprises(text: str, heldout: bool = False) -> list[float]:
+    """-log_prob, shared out among the characters: nats of each, most of them 0, where the world leaves no choice.
+
+    A choice counts where the text first differs from what else could have been said. Raises `Fault` as `log_prob` does.
+    """
+    return WORLD.surprises(text, heldout)
+
+
 def entropy(heldout: bool = False) -> float:
     """The entropy of a story in nats: the mean of -log_prob over all stories, added up from the grammar."""
     return WORLD.entropy(heldout)
@@ -336,6 +344,12 @@ class Grammar:
         if not isinstance(text, str):
             raise Fault(f"expected a text, found {type(text).__name__}", 0)
         return self._walk(_Reader(text, heldout))
+
+    def surprises(self, text: str, heldout: bool = False) -> list[float]:
+        """Nats of each character of a text. Raises Fault where it leaves the grammar."""
+        reader = _Reader(text, heldout)
+        self._walk(reader)
+        return reader.nats
 
     def stories(self, heldout: bool = False) -> Iterator[Story]:
         """Every story once: for grammars small enough to count."""
@@ -483,6 +497,19 @@ class _Reader(_Teller):
         super().__init__(heldout)
         self.text = text
         self.position = 0
+        self.nats = [0.0] * len(text)
+
+    def pick(self, weights: Sequence[float], openings: Sequence[tuple[str, ...]]) -> int:
+        start, index = self.position, super().pick(weights, openings)
+        possible = list(range(len(weights)))
+        for place in range(start, len(self.text)):  # letter by letter, what else could have been said is ruled out
+            if possible == [index]:
+                break
+            begun = self.text[start : place + 1]
+            still = [i for i in possible if any(t.startswith(begun) or begun.startswith(t) for t in openings[i])]
+            self.nats[place] += math.log(sum(weights[i] for i in possible) / sum(weights[i] for i in still))
+            possible = still
+        return index
 
     def sees(self, text: str) -> bool:
         return self.text.startswith(text, self.position)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minillama import world
 from minillama.tokenizer import SentencePieceTokenizer
-from minillama.world import WORLD, Fault, Grammar, Story, Word, held_out, log_prob, read, sample, tasks
+from minillama.world import WORLD, Fault, Grammar, Story, Word, held_out, log_prob, read, sample, surprises, tasks
 
 HELDOUT = pytest.mark.parametrize("heldout", [False, True], ids=["training", "heldout"])
 SEEDS = range(900)
@@ -93,6 +93,25 @@ def test_the_entropy_is_that_of_all_stories_counted(heldout):
 )
 def test_a_probability_is_the_product_of_the_choices(text, probability):
     assert SMALL.read(text).log_prob == pytest.approx(math.log(probability), abs=1e-12)
+
+
+@HELDOUT
+def test_the_surprise_of_each_letter_is_what_counting_all_stories_says(heldout):
+    every = {story.text: math.exp(story.log_prob) for story in SMALL.stories(heldout)}
+    for text in every:
+        left = [math.fsum(p for other, p in every.items() if other.startswith(text[:n])) for n in range(len(text) + 1)]
+        counted = [math.log(before / after) for before, after in zip(left, left[1:], strict=False)]
+        assert SMALL.surprises(text, heldout) == pytest.approx(counted, abs=1e-9), text
+
+
+@HELDOUT
+def test_the_surprises_of_a_story_add_up_to_its_log_probability(heldout, stories):
+    for story in stories[heldout][:100]:
+        nats = surprises(story.text, heldout)
+        assert len(nats) == len(story.text) and min(nats) >= 0
+        assert math.fsum(nats) == pytest.approx(-story.log_prob, abs=1e-9)
+    with pytest.raises(Fault):
+        surprises("Once upon a rhyme", heldout)
 
 
 def test_samples_come_as_often_as_their_probability_says():
