@@ -1,10 +1,12 @@
 """Recorders and what is made of them: the same for our model and transformers', equal to what is worked out by hand."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
 
-from minillama import load
+from minillama import load, world
 from minillama.config import ModelConfig
 from minillama.model import Llama
 from minillama.visualize import ablate, attention_probabilities, head_means, record
@@ -12,6 +14,7 @@ from minillama.visualize.anatomy import anatomy, logits_of
 from minillama.visualize.heads import copying_scores, induction_scores, previous_word_scores, rollout
 from minillama.visualize.lens import attribution, logit_lens
 from minillama.visualize.patching import patching
+from minillama.visualize.surprise import surprises
 from tests.benchmarks.decode import with_transformers
 
 CONFIG = ModelConfig(
@@ -244,3 +247,32 @@ def test_texts_that_cannot_be_compared_are_refused(ours):
         patching(ours, TOKENS, TOKENS[:-1], 7, 30)
     with pytest.raises(ValueError, match="both texts give the difference"):
         patching(ours, TOKENS, TOKENS, 7, 30)
+
+
+# Surprise
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return load("toy")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_surprises_add_up_to_the_models_loss_and_to_the_worlds_probability(toy, seed):
+    model, tokenizer = toy
+    story = world.sample(random.Random(seed))
+    seen = surprises(model, tokenizer, story.text)
+    assert "".join(seen.pieces[:-1]) == story.text and len(seen.model) == len(seen.world) == len(seen.pieces)
+    assert seen.world.sum().item() == pytest.approx(-story.log_prob, abs=1e-3) and seen.world[-1] == 0
+    ids = torch.tensor([tokenizer.encode(story.text, bos=True, eos=True)])
+    expected = torch.nn.functional.cross_entropy(logits_of(model, ids[:, :-1])[0], ids[0, 1:], reduction="sum")
+    assert seen.model.sum().item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_a_contradicted_fact_is_a_fault_and_a_page_shows_every_word_with_its_numbers(toy):
+    model, tokenizer = toy
+    text = world.sample(random.Random(1)).text
+    page = surprises(model, tokenizer, text)._repr_html_()
+    assert page.count("<span title=") == len(tokenizer.encode(text)) + 1 and "<script" not in page
+    with pytest.raises(world.Fault):
+        surprises(model, tokenizer, text + " And so on.")

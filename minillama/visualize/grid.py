@@ -49,7 +49,7 @@ class Grid:
                 shown = number if self.words is None else self.words[r][c]
                 where = f"{name}, {self.columns[c]}: {number}"
                 cells.append(
-                    f'<td style="{cell};background-color:{_colour(value, largest)}" title="{html.escape(where)}">'
+                    f'<td style="{cell};background-color:{colour(value, largest)}" title="{html.escape(where)}">'
                     f"{html.escape(shown)}</td>"
                 )
             lines.append(f'<tr><th scope="row" {heading}>{html.escape(name)}</th>{"".join(cells)}</tr>')
@@ -114,7 +114,8 @@ def lens_grid(lens: Tensor, pieces: Sequence[str], names: Sequence[str], title: 
     )
 
 
-def _colour(value: float, largest: float) -> str:
+def colour(value: float, largest: float) -> str:
+    """Blue for a number above zero, orange below, the stronger the nearer it is to the largest; grey if not finite."""
     if not math.isfinite(value):
         return "rgba(128,128,128,0.6)"
     share = STRONGEST * abs(value) / largest if largest else 0.0
