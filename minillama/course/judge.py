@@ -176,9 +176,9 @@ def _judge_experiment(exercise: Experiment, outcome: Outcome) -> Verdict:
 
 def _difference(got: Outcome, want: Outcome, tolerance: float) -> str:
     if got.error and want.error:
-        return f"it raises {got.error}, expected {want.error.partition(':')[0]} to be raised."
+        return f"it raises {got.error.rstrip(': ')}, expected {want.error.partition(':')[0]} to be raised."
     if got.error:
-        return f"it raises {got.error}"
+        return f"it raises {got.error.rstrip(': ')}"
     if want.error:
         return f"it returns {_kind(got.value, whole=True)}, expected {want.error.partition(':')[0]} to be raised."
     if got.changed and not want.changed:

@@ -54,7 +54,7 @@ class Grid:
                 )
             lines.append(f'<tr><th scope="row" {heading}>{html.escape(name)}</th>{"".join(cells)}</tr>')
         return (
-            '<div style="overflow-x:auto"><table style="border-collapse:collapse">'
+            '<div style="overflow-x:auto"><table style="border-collapse:collapse;color:inherit">'
             f'<caption style="caption-side:top;text-align:left;padding:4px">{html.escape(self.title)}</caption>'
             f"<thead><tr><td></td>{names}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         )

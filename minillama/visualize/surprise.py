@@ -26,7 +26,7 @@ class Surprises(NamedTuple):
         return self.model - self.world
 
     def _repr_html_(self) -> str:
-        largest = max(self.excess.abs().max().item(), 1.0)
+        largest = max(self.excess.abs().max().item(), 0.3)
         spans = [
             f'<span title="model {ours:.2f}, world {true:.2f} nats" style="white-space:pre-wrap;'
             f'background-color:{colour(ours - true, largest)}">{html.escape(piece)}</span>'
