@@ -327,9 +327,9 @@ def test_package_imports_what_it_declares_and_declares_what_it_imports() -> None
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                names = {alias.name.split(".")[0] for alias in node.names}
+                names = {alias.name.split(".")[0].lower() for alias in node.names}  # IPython is ipython
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-                names = {node.module.split(".")[0]}
+                names = {node.module.split(".")[0].lower()}
             else:
                 continue
             imported |= names

@@ -1,6 +1,7 @@
 """Looking inside (chapter 11): recorders, which take numbers out of a running model, and views, which draw them."""
 
 from minillama.visualize.attention_map import attention_figure, strongest_head
+from minillama.visualize.attention_widget import attention
 from minillama.visualize.grid import grid, head_grid, lens_grid
 from minillama.visualize.heads import copying_scores, induction_scores, previous_word_scores, rollout
 from minillama.visualize.lens import attribution, logit_lens
@@ -10,6 +11,7 @@ from minillama.visualize.record import ablate, attention_probabilities, head_mea
 
 __all__ = [
     "ablate",
+    "attention",
     "attention_figure",
     "attention_probabilities",
     "attribution",

@@ -1,0 +1,210 @@
+// The attention view in a page. The maps lie in the page, so that it changes without asking; only the next words after
+// a head is silenced come from the kernel.
+// In the model: maps (deflated percent, by layer, head, token looked at, token that looks), page (what is shown),
+// silenced (pairs of layer and head), words (for which silenced heads, and rows of word, before, after).
+
+const STOPS = [[0, 34, 78], [67, 78, 108], [125, 124, 120], [188, 174, 108], [254, 232, 56]]; // the cividis colours
+const COLOURS = Array.from({ length: 101 }, (_, percent) => {
+  const place = Math.sqrt(percent / 100) * 4; // the root, so that small shares are seen too
+  const stop = Math.min(3, Math.floor(place));
+  return STOPS[stop].map((low, i) => low + (place - stop) * (STOPS[stop + 1][i] - low));
+});
+const ARROWS = (columns) => ({ ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns });
+
+/** An element of the page. Words only ever go in as text. */
+function make(tag, attributes = {}, ...children) {
+  const svg = ["svg", "path"].includes(tag);
+  const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+/** Make items a group of which one is chosen, by a click or by the arrow keys; returns what marks one as chosen. */
+function chooser(items, columns, choose) {
+  const mark = (chosen) => items.forEach((item, i) => {
+    item.setAttribute("aria-checked", i === chosen);
+    item.tabIndex = i === chosen ? 0 : -1;
+  });
+  items.forEach((item, i) => {
+    item.setAttribute("role", "radio");
+    item.addEventListener("click", () => choose(i));
+    item.addEventListener("keydown", (event) => {
+      const step = { ...ARROWS(columns), Home: -i, End: items.length - 1 - i }[event.key];
+      if (step === undefined) return;
+      event.preventDefault();
+      const next = i + step;
+      if (!items[next]) return;
+      choose(next);
+      items[next].focus();
+    });
+  });
+  return mark;
+}
+
+/** Paint one map, with one pixel for each share; CSS makes it larger. */
+function paint(canvas, share, count) {
+  canvas.width = canvas.height = count;
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(count, count);
+  for (let looking = 0; looking < count; looking++) {
+    for (let seen = 0; seen < count; seen++) {
+      image.data.set([...COLOURS[share(looking, seen)], 255], 4 * (looking * count + seen));
+    }
+  }
+  context.putImageData(image, 0, 0);
+}
+
+function bar(share, digits) {
+  const width = `width: ${Math.round(80 * share)}px`;
+  const number = make("span", { class: "share" }, `${(100 * share).toFixed(digits)} %`);
+  return make("td", {}, number, make("span", { class: "bar", style: width, "aria-hidden": true }));
+}
+
+function table(columns, rows, digits) {
+  const head = make("tr", {}, ...columns.map((name) => make("th", { scope: "col" }, name)));
+  const body = rows.map(([piece, ...shares]) =>
+    make("tr", {}, make("th", { scope: "row", class: "piece" }, piece), ...shares.map((share) => bar(share, digits))));
+  return make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
+}
+
+async function render({ model, el }) {
+  const { pieces, layers, heads, about, head } = model.get("page");
+  const count = pieces.length;
+  const deflated = new Blob([model.get("maps")]).stream();
+  const inflated = deflated.pipeThrough(new DecompressionStream("deflate"));
+  const maps = new Uint8Array(await new Response(inflated).arrayBuffer());
+  const shareIn = (map) => (looking, seen) => maps[(map * count + seen) * count + looking];
+  const name = (map) => `layer ${layers[Math.floor(map / heads)]}, head ${map % heads}`;
+  const pair = (map) => [layers[Math.floor(map / heads)], map % heads];
+  const same = (a, b) => a[0] === b[0] && a[1] === b[1];
+
+  let map = layers.indexOf(head[0]) * heads + head[1];
+  let token = count - 1;
+
+  // Every head.
+  const side = Math.round(Math.max(16, Math.min(44, 300 / heads, 500 / layers.length)));
+  const grid = make("div", {
+    class: "heads", role: "radiogroup", "aria-label": "Every head; rows are layers",
+    style: `grid-template-columns: auto repeat(${heads}, ${side}px)`,
+  });
+  grid.append(make("span", { "aria-hidden": true }), ...Array.from({ length: heads }, (_, i) => make("span", { "aria-hidden": true }, i)));
+  const small = layers.flatMap((layer, row) => {
+    grid.append(make("span", { "aria-hidden": true }, layer));
+    return Array.from({ length: heads }, (_, column) => {
+      const canvas = make("canvas", { style: `width: ${side}px; height: ${side}px`, title: name(row * heads + column) });
+      paint(canvas, shareIn(row * heads + column), count);
+      canvas.style.imageRendering = count > side ? "auto" : "pixelated";
+      grid.append(canvas);
+      return canvas;
+    });
+  });
+  const markHead = chooser(small, heads, (chosen) => { map = chosen; show(); });
+
+  // The chosen head, as lines and as a matrix.
+  const title = make("h4", {});
+  const height = Math.round(Math.max(13, Math.min(20, 500 / count)));
+  const word = (text) => make("div", { style: `height: ${height}px; line-height: ${height}px; font-size: ${height - 4}px` }, text);
+  const left = pieces.map(word);
+  const looking = make("div", { class: "words", role: "radiogroup", "aria-label": "The token that looks" }, ...left);
+  const seen = make("div", { class: "words", "aria-hidden": true }, ...pieces.map(word));
+  const lines = make("svg", { width: 120, height: height * count, "aria-hidden": true });
+  const markToken = chooser(left, 1, (chosen) => { token = chosen; show(); });
+  const large = Math.min(400, Math.max(160, count * 12));
+  const matrix = make("canvas", { role: "img", style: `width: ${large}px; height: ${large}px` });
+  const under = (event) => [event.offsetY, event.offsetX].map((at) => Math.min(count - 1, Math.max(0, Math.floor((at / large) * count))));
+  matrix.addEventListener("click", (event) => { token = under(event)[0]; show(); });
+  matrix.addEventListener("mousemove", (event) => {
+    const [a, b] = under(event);
+    matrix.title = `“${pieces[a]}” gives ${shareIn(map)(a, b)} % to “${pieces[b]}”`;
+  });
+  const ticks = ["0 %", "6", "25", "56", "100"].map((text) => make("span", {}, text));
+
+  // The chosen token's row, and the next word.
+  const row = make("div", { "aria-live": "polite", class: "row" });
+  const silencer = make("button", { type: "button" });
+  const restorer = make("button", { type: "button" }, "Let all heads speak");
+  const status = make("p", { role: "status" });
+  const next = make("div", { class: "next" });
+  const ask = (heads) => {
+    model.set("silenced", heads);
+    model.save_changes();
+    showWords();
+  };
+  silencer.addEventListener("click", () => {
+    const others = model.get("silenced").filter((other) => !same(other, pair(map)));
+    ask(others.length < model.get("silenced").length ? others : [...others, pair(map)]);
+  });
+  restorer.addEventListener("click", () => { ask([]); silencer.focus(); });
+
+  function show() {
+    const share = shareIn(map);
+    markHead(map);
+    markToken(token);
+    title.textContent = name(map)[0].toUpperCase() + name(map).slice(1);
+    paint(matrix, share, count);
+    const context = matrix.getContext("2d");
+    context.fillStyle = "#d55e00"; // the chosen row's ends are what no past token is: after the diagonal
+    context.fillRect(token + 1, token, count - token - 1, 1);
+    const paths = [];
+    for (let a = 0; a < count; a++) {
+      for (let b = 0; b <= a; b++) {
+        const strength = share(a, b) / 100;
+        if (strength < 0.03) continue;
+        const y = [a, b].map((i) => (i + 0.5) * height);
+        const chosen = a === token;
+        const line = make("path", {
+          d: `M 0 ${y[0]} C 60 ${y[0]} 60 ${y[1]} 120 ${y[1]}`, class: chosen ? "chosen" : "",
+          "stroke-width": 0.5 + 3 * strength, "stroke-opacity": chosen ? 0.35 + 0.65 * strength : 0.45 * strength,
+        });
+        paths[chosen ? "push" : "unshift"](line); // the chosen token's lines lie above the others
+      }
+    }
+    lines.replaceChildren(...paths);
+    const shares = pieces.slice(0, token + 1).map((piece, i) => [piece, share(token, i) / 100]);
+    const strongest = shares.filter(([, part]) => part > 0).sort((a, b) => b[1] - a[1]).slice(0, 8);
+    matrix.setAttribute("aria-label", `The map of ${name(map)}: rows look, columns are looked at. “${pieces[token]}” ` +
+      `looks most at “${strongest[0]?.[0]}”.`);
+    const heading = make("h4", {}, "“", make("span", { class: "piece" }, pieces[token]), "” looks at");
+    row.replaceChildren(heading, table(["word", "share"], strongest, 0));
+    showWords();
+  }
+
+  function showWords() {
+    const silenced = model.get("silenced");
+    const words = model.get("words");
+    const waiting = JSON.stringify([...silenced].sort()) !== JSON.stringify([...words.silenced].sort());
+    const now = silenced.some((other) => same(other, pair(map)));
+    silencer.textContent = `Silence ${name(map)}`;
+    silencer.setAttribute("aria-pressed", now);
+    restorer.disabled = !silenced.length;
+    const names = silenced.map(([layer, head]) => `layer ${layer} head ${head}`).join(", ");
+    status.textContent = waiting ? "The kernel is asked; it answers when it is free." :
+      names ? `Silenced: ${names}. The maps stay those of the whole model.` : "No head is silenced.";
+    next.setAttribute("aria-busy", waiting);
+    const rows = words.silenced.length ? words.rows : words.rows.map(([piece, before]) => [piece, before]);
+    next.replaceChildren(table(words.silenced.length ? ["word", "before", "after"] : ["word", "probability"], rows, 1));
+    small.forEach((canvas, i) => {
+      const quiet = silenced.some((other) => same(other, pair(i)));
+      canvas.classList.toggle("silenced", quiet);
+      canvas.setAttribute("aria-label", name(i) + (quiet ? ", silenced" : ""));
+    });
+  }
+
+  // JupyterLab would take the arrow keys for its own.
+  el.append(make("div", { class: "minillama-attention", "data-lm-suppress-shortcuts": true },
+    make("div", { class: "parts" },
+      make("section", {}, make("h4", {}, "Every head"), make("p", { class: "about" }, about),
+        make("div", { class: "scroll" }, grid)),
+      make("section", {}, title, make("p", {}, "A click or the arrow keys choose the word that looks."),
+        make("div", { class: "scroll" }, make("div", { class: "links" }, looking, lines, seen))),
+      make("section", {}, make("h4", {}, "As a matrix"), make("p", {}, "Rows look, columns are looked at."), matrix,
+        make("div", { class: "legend", "aria-hidden": true }), make("div", { class: "ticks", "aria-hidden": true }, ...ticks)),
+      make("section", {}, row),
+      make("section", { class: "about" }, make("h4", {}, "The next word"), silencer, restorer, status, next))));
+  show();
+  model.on("change:words", showWords);
+  return () => model.off("change:words", showWords);
+}
+
+export default { render };
