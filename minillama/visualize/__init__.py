@@ -2,6 +2,7 @@
 
 from minillama.visualize.attention_map import attention_figure, strongest_head
 from minillama.visualize.attention_widget import attention
+from minillama.visualize.difference import first_difference
 from minillama.visualize.grid import grid, head_grid, lens_grid
 from minillama.visualize.heads import copying_scores, induction_scores, previous_word_scores, rollout
 from minillama.visualize.lens import attribution, logit_lens
@@ -16,6 +17,7 @@ __all__ = [
     "attention_probabilities",
     "attribution",
     "copying_scores",
+    "first_difference",
     "grid",
     "head_grid",
     "head_means",
