@@ -2,7 +2,7 @@
 # this file: it is made anew when its Python is gone or when the repository was moved. Nothing else is changed.
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test lint notebooks exercises bench toy again
+.PHONY: help lab test browser lint notebooks exercises bench toy again
 
 # The first Python of this list that fits makes .venv; `make lab PYTHON=python3.12` names one. The range is that of the
 # torch release in tests/constraints.txt.
@@ -29,6 +29,9 @@ lab: .venv/installed .venv/real-model ## open the course in JupyterLab (LAB_FLAG
 # Two workers of one thread each: with more threads they only get in each other's way.
 test: .venv/installed .venv/real-model lint ## lint, then run all tests and notebooks (TEST_FLAGS='-k rope' adds flags)
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile $(TEST_FLAGS)
+
+browser: .venv/installed .venv/real-model ## run every notebook in a real browser, and play with it
+	MINILLAMA_BROWSER=all OMP_NUM_THREADS=1 $(VENV) -m pytest tests/browser $(TEST_FLAGS)
 
 lint: .venv/installed ## check the style of code and notebooks (ruff) and the package's types (mypy)
 	$(VENV) -m ruff check .

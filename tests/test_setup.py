@@ -89,7 +89,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_make_alone_lists_every_command(machine: Machine) -> None:
     listed = re.findall(r"^make (\w+) +\S", machine.make().stdout, re.MULTILINE)
-    assert listed == ["help", "lab", "test", "lint", "notebooks", "exercises", "bench", "toy"]
+    assert listed == ["help", "lab", "test", "browser", "lint", "notebooks", "exercises", "bench", "toy"]
 
 
 @pytest.mark.parametrize(

@@ -76,16 +76,20 @@ def make_lab(flags: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of JupyterLab, started by `make lab` on a copy of the chapters, with settings of its own."""
+    """The address of JupyterLab, started by `make lab` on a copy of the notebooks, with settings of its own."""
     folder = tmp_path_factory.mktemp("lab")
     home, log = folder / "course", folder / "jupyterlab.log"
-    shutil.copytree(ROOT / "chapters", home / "chapters", ignore=shutil.ignore_patterns(".*"))
+    for name in ("chapters", "exercises"):
+        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns(".*"))
+    for name in ("data", "tests"):  # which some only read
+        (home / name).symlink_to(ROOT / name)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     own = {name: str(folder / name.lower()) for name in OWN}
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, **own, "JUPYTER_TOKEN": TOKEN, "PYTHONPATH": paths}
+    environment = {**os.environ, **own, "JUPYTER_TOKEN": TOKEN, "PYTHONPATH": paths,
+                   "MINILLAMA_WORK": str(folder / "work")}  # fmt: skip
     command = make_lab(f"--no-browser --port {port} --port-retries 0 --expose-app-in-browser")
     with open(log, "w") as output:
         server = subprocess.Popen(command, cwd=home, env=environment, stdout=output, stderr=subprocess.STDOUT)
