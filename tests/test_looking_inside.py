@@ -11,8 +11,9 @@ from minillama.config import ModelConfig
 from minillama.model import Llama
 from minillama.visualize import ablate, attention_probabilities, head_means, record
 from minillama.visualize.anatomy import anatomy, logits_of
+from minillama.visualize.effects import ablation_effects
 from minillama.visualize.heads import copying_scores, induction_scores, previous_word_scores, rollout
-from minillama.visualize.lens import attribution, logit_lens
+from minillama.visualize.lens import attribution, logit_lens, residual_sizes
 from minillama.visualize.patching import patching
 from minillama.visualize.surprise import surprises
 from tests.benchmarks.decode import with_transformers
@@ -142,6 +143,27 @@ def test_a_head_that_says_its_mean_says_the_same_everywhere(ours):
     with record(ours, "heads") as plain, torch.inference_mode():
         ours(torch.stack([TOKENS, TOKENS.flip(0)]))
     torch.testing.assert_close(means, plain.heads.mean((1, 2)))
+
+
+def test_the_effect_of_a_part_is_what_the_measure_says_without_it(ours):
+    def score(model):
+        return logits_of(model, TOKENS[None])[0, -1, 7].item()
+
+    whole, effects = score(ours), ablation_effects(ours, score)
+    assert effects["heads"].shape == (3, 6) and effects["attention"].shape == effects["feedforward"].shape == (3,)
+    with ablate(ours, heads=[(1, 4)]):
+        assert effects["heads"][1, 4].item() == pytest.approx(score(ours) - whole, abs=1e-5)
+    changed = random_model()
+    changed.blocks[2].feedforward.down.weight.zero_()
+    assert effects["feedforward"][2].item() == pytest.approx(score(changed) - score(ours), abs=1e-4)
+    said = ablation_effects(ours, score, means=head_means(ours, TOKENS[None]))
+    assert not torch.allclose(said["heads"], effects["heads"])
+
+
+def test_the_sizes_of_the_stream(ours):
+    with record(ours, "stream") as seen, torch.inference_mode():
+        ours(TOKENS[None])
+    torch.testing.assert_close(residual_sizes(ours, TOKENS), seen.stream[:, 0].norm(dim=-1) / 48**0.5)
 
 
 # Scores

@@ -3,15 +3,18 @@
 from minillama.visualize.attention_map import attention_figure, strongest_head
 from minillama.visualize.attention_widget import attention
 from minillama.visualize.difference import first_difference
+from minillama.visualize.effects import ablation_effects
 from minillama.visualize.grid import grid, head_grid, lens_grid
 from minillama.visualize.heads import copying_scores, induction_scores, previous_word_scores, rollout
-from minillama.visualize.lens import attribution, logit_lens
+from minillama.visualize.lens import attribution, logit_lens, residual_sizes
 from minillama.visualize.patching import patching
 from minillama.visualize.picture import picture
 from minillama.visualize.record import ablate, attention_probabilities, head_means, record
+from minillama.visualize.surprise import surprises
 
 __all__ = [
     "ablate",
+    "ablation_effects",
     "attention",
     "attention_figure",
     "attention_probabilities",
@@ -28,6 +31,8 @@ __all__ = [
     "picture",
     "previous_word_scores",
     "record",
+    "residual_sizes",
     "rollout",
     "strongest_head",
+    "surprises",
 ]

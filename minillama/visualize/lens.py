@@ -25,6 +25,14 @@ def logit_lens(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+def residual_sizes(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The root mean square of the residual stream before each layer and after the last, (T,) tokens → (L + 1, T)."""
+    with record(model, "stream") as seen:
+        model(tokens[None])
+    return seen.stream[:, 0].square().mean(-1).sqrt()
+
+
+@torch.inference_mode()
 def attribution(model: nn.Module, tokens: Tensor, word: int, other: int) -> dict[str, Tensor]:
     """Who made one word's score higher than another's, behind the last of tokens (T,): every part's share, in logits.
 
