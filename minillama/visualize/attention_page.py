@@ -103,7 +103,7 @@ def attention_table(view: AttentionView) -> str:
         f"<tbody>{''.join(links)}</tbody></table></div>"
         f"<div><p><b>The likeliest next words</b></p><table><thead><tr><th {_SIDE}>word</th>"
         f"<th {_SIDE}>whole model</th>{column}</tr></thead><tbody>{''.join(words)}</tbody></table></div>"
-        f"</div><p>{layers_text(view)}</p>"
+        f"</div><p>{escape(attention_text(view))}</p>"  # not every page reads a picture's own words to the blind
     )
 
 

@@ -69,7 +69,7 @@ function table(columns, rows, digits) {
 }
 
 async function render({ model, el }) {
-  const { pieces, layers, heads, about, head } = model.get("page");
+  const { pieces, layers, heads, shown, head } = model.get("page");
   const count = pieces.length;
   const deflated = new Blob([model.get("maps")]).stream();
   const inflated = deflated.pipeThrough(new DecompressionStream("deflate"));
@@ -88,9 +88,10 @@ async function render({ model, el }) {
     class: "heads", role: "radiogroup", "aria-label": "Every head; rows are layers",
     style: `grid-template-columns: auto repeat(${heads}, ${side}px)`,
   });
-  grid.append(make("span", { "aria-hidden": true }), ...Array.from({ length: heads }, (_, i) => make("span", { "aria-hidden": true }, i)));
+  const number = (text) => make("span", { "aria-hidden": true }, text);
+  grid.append(number(""), ...Array.from({ length: heads }, (_, i) => number(i)));
   const small = layers.flatMap((layer, row) => {
-    grid.append(make("span", { "aria-hidden": true }, layer));
+    grid.append(number(layer));
     return Array.from({ length: heads }, (_, column) => {
       const canvas = make("canvas", { style: `width: ${side}px; height: ${side}px`, title: name(row * heads + column) });
       paint(canvas, shareIn(row * heads + column), count);
@@ -104,7 +105,8 @@ async function render({ model, el }) {
   // The chosen head, as lines and as a matrix.
   const title = make("h4", {});
   const height = Math.round(Math.max(13, Math.min(20, 500 / count)));
-  const word = (text) => make("div", { style: `height: ${height}px; line-height: ${height}px; font-size: ${height - 4}px` }, text);
+  const fit = `height: ${height}px; line-height: ${height}px; font-size: ${height - 4}px`;
+  const word = (text) => make("div", { style: fit }, text);
   const left = pieces.map(word);
   const looking = make("div", { class: "words", role: "radiogroup", "aria-label": "The token that looks" }, ...left);
   const seen = make("div", { class: "words", "aria-hidden": true }, ...pieces.map(word));
@@ -112,13 +114,15 @@ async function render({ model, el }) {
   const markToken = chooser(left, 1, (chosen) => { token = chosen; show(); });
   const large = Math.min(400, Math.max(160, count * 12));
   const matrix = make("canvas", { role: "img", style: `width: ${large}px; height: ${large}px` });
-  const under = (event) => [event.offsetY, event.offsetX].map((at) => Math.min(count - 1, Math.max(0, Math.floor((at / large) * count))));
+  const mark = make("div", { class: "mark", style: `height: ${large / count}px; width: ${large}px` });
+  const place = (at) => Math.min(count - 1, Math.max(0, Math.floor((at / large) * count)));
+  const under = (event) => [place(event.offsetY), place(event.offsetX)];
   matrix.addEventListener("click", (event) => { token = under(event)[0]; show(); });
   matrix.addEventListener("mousemove", (event) => {
     const [a, b] = under(event);
     matrix.title = `“${pieces[a]}” gives ${shareIn(map)(a, b)} % to “${pieces[b]}”`;
   });
-  const ticks = ["0 %", "6", "25", "56", "100"].map((text) => make("span", {}, text));
+  const ticks = ["0", "6", "25", "56", "100 %"].map((text) => make("span", {}, text));
 
   // The chosen token's row, and the next word.
   const row = make("div", { "aria-live": "polite", class: "row" });
@@ -143,9 +147,7 @@ async function render({ model, el }) {
     markToken(token);
     title.textContent = name(map)[0].toUpperCase() + name(map).slice(1);
     paint(matrix, share, count);
-    const context = matrix.getContext("2d");
-    context.fillStyle = "#d55e00"; // the chosen row's ends are what no past token is: after the diagonal
-    context.fillRect(token + 1, token, count - token - 1, 1);
+    mark.style.top = `${(token * large) / count}px`;
     const paths = [];
     for (let a = 0; a < count; a++) {
       for (let b = 0; b <= a; b++) {
@@ -191,17 +193,27 @@ async function render({ model, el }) {
     });
   }
 
-  // JupyterLab would take the arrow keys for its own.
-  el.append(make("div", { class: "minillama-attention", "data-lm-suppress-shortcuts": true },
-    make("div", { class: "parts" },
-      make("section", {}, make("h4", {}, "Every head"), make("p", { class: "about" }, about),
-        make("div", { class: "scroll" }, grid)),
-      make("section", {}, title, make("p", {}, "A click or the arrow keys choose the word that looks."),
+  const part = (...content) => make("section", {}, ...content);
+  const about = (text) => make("p", { class: "about" }, text);
+  const legend = [["legend"], ["ticks", ...ticks]].map(([name, ...content]) =>
+    make("div", { class: name, "aria-hidden": true }, ...content));
+  const columns = [
+    [
+      part(make("h4", {}, "Every head"), about(shown), make("div", { class: "scroll" }, grid)),
+      part(make("h4", {}, "The next word"), silencer, restorer, status, next),
+    ],
+    [
+      part(title, about("A click or the arrow keys choose the word that looks."),
         make("div", { class: "scroll" }, make("div", { class: "links" }, looking, lines, seen))),
-      make("section", {}, make("h4", {}, "As a matrix"), make("p", {}, "Rows look, columns are looked at."), matrix,
-        make("div", { class: "legend", "aria-hidden": true }), make("div", { class: "ticks", "aria-hidden": true }, ...ticks)),
-      make("section", {}, row),
-      make("section", { class: "about" }, make("h4", {}, "The next word"), silencer, restorer, status, next))));
+    ],
+    [
+      part(make("h4", {}, "As a matrix"), about("Rows look, columns are looked at."),
+        make("div", { class: "matrix" }, matrix, mark), ...legend),
+      part(row),
+    ],
+  ].map((parts) => make("div", { class: "column" }, ...parts));
+  // JupyterLab would take the arrow keys for its own.
+  el.append(make("div", { class: "minillama-attention", "data-lm-suppress-shortcuts": true }, ...columns));
   show();
   model.on("change:words", showWords);
   return () => model.off("change:words", showWords);

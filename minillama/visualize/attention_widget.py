@@ -76,6 +76,9 @@ def _kind() -> Any:
         silenced: Any = traitlets.List().tag(sync=True)
         words = traitlets.Dict().tag(sync=True)
 
+        def __repr__(self) -> str:  # what a saved page says in its place
+            return "Run this cell to click through heads and words, and to silence heads."
+
     return AttentionWidget
 
 
@@ -84,7 +87,7 @@ def _page(view: AttentionView) -> dict[str, Any]:
         "pieces": view.pieces,
         "layers": view.layers,
         "heads": view.percent.shape[1],
-        "about": layers_text(view),
+        "shown": layers_text(view),
         "head": view.head,
     }
 
