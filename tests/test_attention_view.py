@@ -88,7 +88,18 @@ def test_a_text_is_read_as_the_model_expects_it():
     view = attention_view(model, tokenizer, "Lily lost her red")
     assert view.pieces[:2] == ["<s>", "▁Lily"] and view.words()[0][0].startswith("▁")
     shown = attention(model, tokenizer, "Lily lost her red", head=(1, 2))
+    assert shown.view.head == (1, 2)
     assert repr(shown).startswith("Attention over ") and "Layer 1, head 2 gives" in repr(shown)
+
+
+def test_transformers_tokenizer_is_taken_too(model):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "red": 1, "kite": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    view = attention_view(with_transformers(model), PreTrainedTokenizerFast(tokenizer_object=words), "a red kite")
+    assert view.tokens.tolist() == [0, 1, 2] and view.pieces == ["a", "red", "kite"]
 
 
 @pytest.mark.parametrize(

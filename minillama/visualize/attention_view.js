@@ -42,16 +42,20 @@ function chooser(items, columns, choose) {
   return mark;
 }
 
-/** Paint one map, with one pixel for each share; CSS makes it larger. */
-function paint(canvas, share, count) {
-  canvas.width = canvas.height = count;
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(count, count);
+/** Paint one map, size × size pixels, each the largest share of its patch, so that thin lines stay; CSS scales it. */
+function paint(canvas, share, count, size) {
+  canvas.width = canvas.height = size;
+  const largest = new Uint8Array(size * size);
+  const pixel = (place) => Math.floor((place * size) / count);
   for (let looking = 0; looking < count; looking++) {
-    for (let seen = 0; seen < count; seen++) {
-      image.data.set([...COLOURS[share(looking, seen)], 255], 4 * (looking * count + seen));
+    for (let seen = 0; seen <= looking; seen++) {
+      const at = pixel(looking) * size + pixel(seen);
+      largest[at] = Math.max(largest[at], share(looking, seen));
     }
   }
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(size, size);
+  largest.forEach((percent, at) => image.data.set([...COLOURS[percent], 255], 4 * at));
   context.putImageData(image, 0, 0);
 }
 
@@ -93,9 +97,9 @@ async function render({ model, el }) {
   const small = layers.flatMap((layer, row) => {
     grid.append(number(layer));
     return Array.from({ length: heads }, (_, column) => {
-      const canvas = make("canvas", { style: `width: ${side}px; height: ${side}px`, title: name(row * heads + column) });
-      paint(canvas, shareIn(row * heads + column), count);
-      canvas.style.imageRendering = count > side ? "auto" : "pixelated";
+      const map = row * heads + column;
+      const canvas = make("canvas", { style: `width: ${side}px; height: ${side}px`, title: name(map) });
+      paint(canvas, shareIn(map), count, Math.min(count, side));
       grid.append(canvas);
       return canvas;
     });
@@ -111,8 +115,9 @@ async function render({ model, el }) {
   const looking = make("div", { class: "words", role: "radiogroup", "aria-label": "The token that looks" }, ...left);
   const seen = make("div", { class: "words", "aria-hidden": true }, ...pieces.map(word));
   const lines = make("svg", { width: 120, height: height * count, "aria-hidden": true });
+  const links = make("div", { class: "scroll" }, make("div", { class: "links" }, looking, lines, seen));
   const markToken = chooser(left, 1, (chosen) => { token = chosen; show(); });
-  const large = Math.min(400, Math.max(160, count * 12));
+  const large = Math.min(320, Math.max(160, count * 12));
   const matrix = make("canvas", { role: "img", style: `width: ${large}px; height: ${large}px` });
   const mark = make("div", { class: "mark", style: `height: ${large / count}px; width: ${large}px` });
   const place = (at) => Math.min(count - 1, Math.max(0, Math.floor((at / large) * count)));
@@ -146,7 +151,7 @@ async function render({ model, el }) {
     markHead(map);
     markToken(token);
     title.textContent = name(map)[0].toUpperCase() + name(map).slice(1);
-    paint(matrix, share, count);
+    paint(matrix, share, count, count);
     mark.style.top = `${(token * large) / count}px`;
     const paths = [];
     for (let a = 0; a < count; a++) {
@@ -163,10 +168,14 @@ async function render({ model, el }) {
       }
     }
     lines.replaceChildren(...paths);
+    requestAnimationFrame(() => { // once it has a size
+      const hidden = token * height < links.scrollTop || (token + 1) * height > links.scrollTop + links.clientHeight;
+      if (hidden) links.scrollTop = token * height - links.clientHeight / 2;
+    });
     const shares = pieces.slice(0, token + 1).map((piece, i) => [piece, share(token, i) / 100]);
     const strongest = shares.filter(([, part]) => part > 0).sort((a, b) => b[1] - a[1]).slice(0, 8);
-    matrix.setAttribute("aria-label", `The map of ${name(map)}: rows look, columns are looked at. “${pieces[token]}” ` +
-      `looks most at “${strongest[0]?.[0]}”.`);
+    matrix.setAttribute("aria-label", `The map of ${name(map)}: rows look, columns are looked at. ` +
+      `“${pieces[token]}” looks most at “${strongest[0]?.[0]}”.`);
     const heading = make("h4", {}, "“", make("span", { class: "piece" }, pieces[token]), "” looks at");
     row.replaceChildren(heading, table(["word", "share"], strongest, 0));
     showWords();
@@ -203,8 +212,8 @@ async function render({ model, el }) {
       part(make("h4", {}, "The next word"), silencer, restorer, status, next),
     ],
     [
-      part(title, about("A click or the arrow keys choose the word that looks."),
-        make("div", { class: "scroll" }, make("div", { class: "links" }, looking, lines, seen))),
+      part(title, about("A click or arrow keys choose a word that looks."),
+        links),
     ],
     [
       part(make("h4", {}, "As a matrix"), about("Rows look, columns are looked at."),
