@@ -103,8 +103,8 @@ def move_every_control(opened: Opened) -> None:
         for control in [*widget.locator(".noUi-handle").all(), *widget.locator("select").all()]:
             before = shown.evaluate(TEXT)
             if control.evaluate("element => element.tagName") == "SELECT":
-                entries = control.locator("option").all_text_contents()
-                control.select_option(label=entries[-1 if control.input_value() != entries[-1] else 0])
+                entries = control.locator("option").evaluate_all("all => all.map(option => option.value)")
+                control.select_option(entries[-1 if control.input_value() != entries[-1] else 0])
             else:
                 at_the_end = control.get_attribute("aria-valuenow") == control.get_attribute("aria-valuemax")
                 control.press("ArrowLeft" if at_the_end else "ArrowRight")
