@@ -2,7 +2,7 @@
 # this file: it is made anew when its Python is gone or when the repository was moved. Nothing else is changed.
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test browser lint notebooks exercises bench toy again
+.PHONY: help lab test browser lint notebooks exercises site bench toy again
 
 # The first Python of this list that fits makes .venv; `make lab PYTHON=python3.12` names one. The range is that of the
 # torch release in tests/constraints.txt.
@@ -43,6 +43,9 @@ notebooks: .venv/installed .venv/real-model ## run the notebooks again and store
 exercises: .venv/installed ## build the exercise notebooks from exercises/source
 	$(VENV) -m tests.notebooks.build_exercises
 
+site: .venv/installed .venv/site ## build the course as a web site in build/site
+	$(VENV) -m chapters.site
+
 bench: .venv/installed .venv/real-model .venv/rival ## measure speed and memory (BENCH_FLAGS='…' adds flags)
 	$(VENV) -m tests.benchmarks $(BENCH_FLAGS)
 
@@ -76,6 +79,10 @@ again: ;
 	@if $(PIP) -c tests/constraints.txt -e '.[lab,test,bench]'; then touch $@; else \
 	  echo 'Warning: llama.cpp could not be compiled: what is compared with it is not measured; it needs a C++ compiler' \
 	    '(Debian, Ubuntu: apt-get install build-essential cmake), and the next make bench tries again.' >&2; fi
+
+.venv/site: .venv/installed
+	@$(PIP) --log .venv/install.log -c tests/constraints.txt -e '.[lab,test,site]' || { $(say_why); exit 2; }
+	@touch $@
 
 # Sets $$python, or says what to do.
 define find_python

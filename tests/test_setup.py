@@ -89,7 +89,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_make_alone_lists_every_command(machine: Machine) -> None:
     listed = re.findall(r"^make (\w+) +\S", machine.make().stdout, re.MULTILINE)
-    assert listed == ["help", "lab", "test", "browser", "lint", "notebooks", "exercises", "bench", "toy"]
+    assert listed == ["help", "lab", "test", "browser", "lint", "notebooks", "exercises", "site", "bench", "toy"]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +229,18 @@ def test_only_the_benchmarks_install_their_rival_and_they_go_on_without_it(machi
     assert not machine.was_asked("test,bench") and machine.was_asked("-m tests.benchmarks")
 
 
+def test_only_the_site_installs_what_builds_it(machine: Machine) -> None:
+    machine.add_python("python3")
+    machine.make("test")
+    assert not machine.was_asked("site")
+    result = machine.make("site", PIP_FAILS="1", PIP_SAYS="after connection broken by NewConnectionError")
+    assert result.returncode == 2 and "the package registry was not reached" in result.stderr
+    assert machine.make("site").returncode == 0
+    assert machine.was_asked("test,site") and machine.was_asked("-m chapters.site")
+    machine.make("site")
+    assert not machine.was_asked("test,site") and machine.was_asked("-m chapters.site")
+
+
 def test_real_model_is_installed_alone_and_by_its_hash(machine: Machine) -> None:
     machine.add_python("python3")
     machine.make("test")
@@ -293,10 +305,11 @@ def test_one_release_at_most_is_pinned_for_each_package(python: str, system: str
 def test_everything_that_is_installed_for_the_project_is_pinned_and_in_range() -> None:
     pinned = {canonicalize_name(pin.name): pin for pin in pins() if not pin.marker or pin.marker.evaluate()}
     extras = dict(PROJECT["optional-dependencies"])
-    for_bench = [Requirement(line) for line in extras.pop("bench")]  # which only `make bench` installs
+    # Only `make bench` and `make site` install these.
+    on_demand = [Requirement(line) for extra in ("bench", "site") for line in extras.pop(extra)]
     declared = PROJECT["dependencies"] + [line for lines in extras.values() for line in lines]
     todo = [(Requirement(line), "") for line in declared]
-    for need in [need for need, _ in todo] + for_bench:
+    for need in [need for need, _ in todo] + on_demand:
         if not need.marker or need.marker.evaluate():
             release = str(pinned[canonicalize_name(need.name)].specifier).removeprefix("==")
             assert need.specifier.contains(release), f"{need} leaves out {release}, which is pinned"

@@ -1,0 +1,174 @@
+"""The web site of `make site`, opened from its files, as a reader without a network and without a kernel sees it."""
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = ROOT / "build" / "site"
+PAGES = [
+    "index.html", "chapters/00_start_here.html", "chapters/03_positions.html", "exercises/04_attention.html",
+    "reference/attention.html",
+]  # fmt: skip
+
+SOURCES = ["chapters/*.ipynb", "chapters/site/*.*", "exercises/*.ipynb", "minillama/**/*.py", "README.md"]
+
+
+def is_built() -> bool:
+    changed = max(path.stat().st_mtime for pattern in SOURCES for path in ROOT.glob(pattern))
+    return (SITE / "index.html").is_file() and (SITE / "index.html").stat().st_mtime > changed
+
+
+pytestmark = pytest.mark.skipif(not is_built(), reason="the site is not built, or is old: type `make site`")
+
+
+class Reader(HTMLParser):
+    """What a page of the site holds: its links, its anchors, its pictures."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []  # what the browser fetches by itself
+        self.anchors: set[str] = set()
+        self.pictures: list[dict[str, str | None]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.anchors |= {name for name in (found.get("id"), found.get("name")) if name}
+        if tag == "a" and found.get("href"):
+            self.links.append(found["href"] or "")
+        for name in ("src", "href") if tag == "link" else ("src",):
+            if found.get(name) and found.get("rel") != "canonical":
+                self.loads.append(found[name] or "")
+        if tag == "img":
+            self.pictures.append(found)
+
+
+@pytest.fixture(scope="module")
+def read() -> dict[Path, Reader]:
+    return {path: Reader(path) for path in sorted(SITE.rglob("*.html")) if "_static" not in path.parts}
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that fails the test when it asks for something that is not a file of the site, or when it complains."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("requestfailed", lambda request: complaints.append(f"not found: {request.url}"))
+    addresses: list[str] = []
+    page.on("request", lambda request: addresses.append(request.url))
+    page.on("websocket", lambda socket: addresses.append(socket.url))
+    yield page
+    page.close()
+    assert [address for address in addresses if urlsplit(address).scheme not in ("file", "data", "blob")] == []
+    assert complaints == []
+
+
+def visit(page: Page, name: str) -> None:
+    path, _, query = name.partition("?")
+    page.goto(f"{(SITE / path).as_uri()}?{query}")
+    page.wait_for_function("!window.MathJax || MathJax.startup?.promise")
+    page.evaluate("window.MathJax?.startup.promise.then(() => null)")
+
+
+def test_every_chapter_exercise_and_module_has_a_page(read: dict[Path, Reader]) -> None:
+    for notebook in [*ROOT.glob("chapters/*.ipynb"), *ROOT.glob("exercises/*.ipynb")]:
+        assert SITE / notebook.relative_to(ROOT).with_suffix(".html") in read
+    for path in (ROOT / "minillama").glob("[!_]*"):
+        assert SITE / "reference" / f"{path.stem}.html" in read
+
+
+def test_every_link_inside_the_site_leads_somewhere(read: dict[Path, Reader]) -> None:
+    dead = []
+    for path, content in read.items():
+        for link in content.links + content.loads:
+            to = urlsplit(link)
+            if to.scheme or to.netloc:
+                continue
+            target = (path.parent / unquote(to.path)).resolve() if to.path else path
+            anchors = read[target].anchors if target in read else set()
+            if not target.is_file() or to.fragment and target in read and unquote(to.fragment) not in anchors:
+                dead.append(f"{path.relative_to(SITE)}: {link}")
+    assert dead == []
+
+
+def test_nothing_is_loaded_from_elsewhere_and_no_control_is_left_without_its_kernel(read: dict[Path, Reader]) -> None:
+    assert [link for content in read.values() for link in content.loads if urlsplit(link).netloc] == []
+    for path in read:
+        text = path.read_text(encoding="utf-8")
+        assert "jupyter.widget" not in text
+        assert text.count("draws controls") == len(re.findall(r'<span class="nd">@interact</span>', text)), path
+
+
+def test_every_picture_is_described(read: dict[Path, Reader]) -> None:
+    for path, content in read.items():
+        for picture in content.pictures:
+            alt = picture.get("alt") or ""
+            assert len(alt) > 20 and not alt.startswith("../"), f"{path}: {picture['src']} says {alt!r}"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_page_opens_and_fits(page: Page, read: dict[Path, Reader], width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    broken = "[...document.images].some(image => image.complete && !image.naturalWidth)"
+    found = {}
+    for path in read:
+        visit(page, path.relative_to(SITE).as_posix())
+        if page.evaluate("document.documentElement.scrollWidth") > width:
+            found[path.name] = "too wide"
+        if page.evaluate(broken):
+            found[path.name] = "a picture is missing"
+    assert found == {}
+
+
+def test_formulas_are_typeset(page: Page) -> None:
+    visit(page, "chapters/04_attention.html")
+    formulas, left = page.locator(".math").count(), page.locator(".math:not(:has(mjx-container))").count()
+    assert formulas > 50 and left == 0
+    assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_follows_the_reader_s_colours(page: Page, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    visit(page, "chapters/04_attention.html")
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    channels = re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]
+    assert all((int(channel) > 128) is (scheme == "light") for channel in channels)
+
+
+def test_search_finds_a_word(page: Page) -> None:
+    visit(page, "search.html?q=softmax")
+    found = page.locator("#search-results li a")
+    expect(found.first).to_be_visible(timeout=20_000)
+    assert "chapters/04_attention.html" in " ".join(link.get_attribute("href") or "" for link in found.all())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_axe_finds_no_serious_barrier(page: Page, name: str, scheme: str) -> None:
+    try:
+        (axe,) = [path for path in files("axe-playwright-python") or [] if path.name == "axe.min.js"]
+    except PackageNotFoundError:
+        pytest.skip("axe is not installed: type `make site`, then run this again")
+    page.emulate_media(color_scheme=scheme)
+    visit(page, name)
+    page.add_style_tag(content="* { transition: none !important; }")  # a colour half-way is no colour to judge
+    page.evaluate(Path(str(axe.locate())).read_text(encoding="utf-8"))
+    result = page.evaluate("axe.run(document, {resultTypes: ['violations'], preload: false})")
+    serious = [
+        f"{fault['id']}: {node['target']} {node['html'][:120]}"
+        for fault in result["violations"]
+        if fault["impact"] in ("serious", "critical")
+        for node in fault["nodes"]
+    ]
+    assert serious == []
