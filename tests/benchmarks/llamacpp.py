@@ -5,6 +5,7 @@ differently, so their texts may part, and only the number of tokens is compared.
 """
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,11 +32,15 @@ TASK = (
 LOOKUP = 7
 
 
+@functools.cache
 def package() -> Any:
+    """llama-cpp-python, made silent."""
     try:
         import llama_cpp
     except ImportError:
         raise ValueError("llama-cpp-python is not there: `make bench` compiles it, with a C++ compiler") from None
+    llama_cpp.silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # must live as long as the library
+    llama_cpp.llama_log_set(llama_cpp.silent, ctypes.c_void_p(0))
     return llama_cpp
 
 
@@ -116,8 +121,6 @@ class Batched:
     def __init__(self, flash: bool):
         self.api = package()
         self.api.llama_backend_init()
-        self.quiet = self.api.llama_log_callback(lambda level, text, data: None)
-        self.api.llama_log_set(self.quiet, ctypes.c_void_p(0))
         path = str(find_checkpoint("smollm2")).encode()
         self.model = self.api.llama_model_load_from_file(path, self.api.llama_model_default_params())
         settings = self.api.llama_context_default_params()
