@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -199,6 +200,15 @@ def test_the_command_checks_a_copy_from_start_to_end(work, capsys):
     assert "✓ ✓ ✓ ✓ ✓" in capsys.readouterr().out
 
 
+def test_settings_of_a_folder_above_do_not_count(work, tmp_path, capsys, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = ['--no-such-option']\n")
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "inside"))
+    notebooks.start("06")
+    written(work / SOLUTION.name, SOLUTION)
+    assert run("check", "06") == 0, capsys.readouterr().out
+
+
 def test_what_passes_only_out_of_order_is_said_so(work, capsys):
     notebooks.start("06")
     path = written(work / SOLUTION.name, SOLUTION)
@@ -246,6 +256,7 @@ def test_unsolved_notebooks_fail_under_nbval_in_exactly_their_checks(work, tmp_p
         (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
         code = [cell for cell in notebooks.read(path)["cells"] if cell["cell_type"] == "code"]
         checks |= {(path.name, i) for i, cell in enumerate(code) if cell["id"].endswith("-check")}
+    (tmp_path / "pytest.ini").touch()
     command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, f"--rootdir={tmp_path}", tmp_path], cwd=tmp_path, capture_output=True, text=True)
     found = re.findall(r"^FAILED (\S+)::Cell (\d+)", done.stdout, re.MULTILINE)

@@ -77,6 +77,7 @@ def _run_notebook(path: Path, chapter: str, seconds: float) -> dict[str, bool]:
     with tempfile.TemporaryDirectory(prefix="minillama-check-") as folder:
         copy, results = Path(folder) / path.name, Path(folder) / "results.xml"
         notebooks.write(notebook, copy)
+        (Path(folder) / "pytest.ini").touch()  # or the settings of a folder above would count
         environment = {**os.environ, "MINILLAMA_WORK": folder}  # a check of a check is no try
         options = ["--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={seconds:g}", "-p", "no:cacheprovider"]
         try:
