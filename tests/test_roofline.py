@@ -64,19 +64,25 @@ def test_what_the_machine_can_do_is_more_than_nothing():
 
 def test_the_command_shows_every_dtype_and_its_share(capsys, monkeypatch):
     monkeypatch.setattr(roofline, "memory_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr(roofline, "peak_flops", lambda dtype, device: 1e11 if dtype == torch.float32 else 4e11)
+    monkeypatch.setattr(roofline, "peak_flops", lambda dtype, device: 1e10 if dtype == torch.float32 else 4e10)
     monkeypatch.setattr(roofline, "decode_speed", lambda model: 100.0)
     monkeypatch.setattr(roofline, "prefill_speed", lambda model: 1000.0)
     with pytest.raises(SystemExit) as done:
         main(["bench", "toy", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert not done.value.code and "reads 10 GB/s; multiplies 100 GFLOP/s in float32, 400 in bfloat16" in out
+    assert not done.value.code and "reads 10 GB/s; multiplies 10 GFLOP/s in float32, 40 in bfloat16" in out
     lines = {line.split()[0]: line.split() for line in out.splitlines() if re.match(r"(float|bfloat|int)", line)}
     assert list(lines) == ["float32", "bfloat16", "int8", "int4"]
     assert [line[3] for line in lines.values()] == 4 * ["100"] and [line[5] for line in lines.values()] == 4 * ["1,000"]
     megabytes = [float(line[1].replace(",", "")) for line in lines.values()]
     for (_, size, unit, _, share, *_), exact in zip(lines.values(), megabytes, strict=True):
         assert unit == "MB" and abs(float(share[:-1]) - exact) <= 1, (size, share)  # 100 tokens of n MB in 10 GB
+    config = ModelConfig.preset("toy")
+    parts = config.n_params_by_part()
+    matrices, scores = parts["attention"] + parts["feedforward"], config.vocab_size * config.dim / 512  # the last only
+    flops = 1000 * (2 * (matrices + scores) + 4 * config.n_layers * 256 * config.n_heads * config.head_dim)
+    shares = [float(line[6][:-1]) / 100 for line in lines.values()]
+    assert shares == pytest.approx([flops / 1e10, *3 * [flops / 4e10]], abs=0.006)
     with pytest.raises(SystemExit) as done:
         main(["bench", "nowhere"])
     assert done.value.code == 2
