@@ -46,8 +46,10 @@ def tokenizer_texts(stories: int = 6000) -> list[str]:
     for number in range(stories):
         story = world.sample(rng)
         for task in world.tasks(story):
+            asked = task.prompt.rpartition("\n")[2]
             if task.kind != "translation":
-                texts += [task.prompt.rpartition("\n")[2], task.answer]
+                if not asked.startswith("Why"):  # reasons say again what the story says
+                    texts += [asked, task.answer]
             elif number % 40 == 0:
                 texts.append(task.answer)
     return texts

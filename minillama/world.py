@@ -193,6 +193,19 @@ _WHERE = {
     "truth": "Where were the pieces?",
 }
 
+_WHY = {
+    "lost": {"happy": "the {colour} {thing} was still {spot}", "sad": "the {colour} {thing} was gone forever"},
+    "broken": {"happy": "the {colour} {thing} was as good as new", "sad": "the {colour} {thing} fell apart again"},
+    "shared": {"happy": "the two took turns with the {colour} {thing}", "sorry": "nobody was {spot}"},
+    "hidden": {"happy": "{friend} found the {colour} {thing}", "proud": "{friend} had to give up"},
+    "rescue": {"proud": "the {animal} was safe at last", "sad": "the {animal} would not let them help"},
+    "gift": {"proud": "{friend} and the {animal} hugged {them}", "sad": "rain had spoiled the {colour} {thing}"},
+    "taken": {"happy": "the {animal} gave the {colour} {thing} back", "angry": "the {animal} kept the {colour} {thing}"},
+    "storm": {"happy": "the {colour} {thing} was wet but whole", "sad": "only a piece of the {colour} {thing} was left"},
+    "swapped": {"happy": "{friend} was waiting {spot}", "sorry": "{friend} could not find the {colour} {thing}"},
+    "truth": {"proud": "{they} said who broke the {item}", "sorry": "{they} lied about the {item}"},
+}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the world gives.
 
@@ -265,6 +278,7 @@ def tasks(story: Story) -> list[Task]:
     told = f"{story.text}\n"
     asked = [(_WHERE[story.facts["plot"]], "{spot}")]
     asked += [pair for name, pair in _QUESTIONS.items() if name in facts]
+    asked += [("Why was {child} {feeling} in the end?", f"because {_WHY[story.facts['plot']][story.facts['mood']]}")]
     summary = _split(_SUMMARIES[story.facts["plot"]], "~")[0].strip()
     return [
         Task("story", _fill("Tell a story about {child} and a {colour} {thing}.", facts), story.text),
