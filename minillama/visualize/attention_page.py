@@ -1,18 +1,16 @@
 """The attention view where nothing runs: a picture and a table, which also an untrusted page shows."""
 
 import math
-import warnings
 from html import escape
 
 import numpy as np
 import torch
 
 from minillama.visualize.attention_view import AttentionView
-from minillama.visualize.picture import Picture, picture
+from minillama.visualize.picture import Picture
+from minillama.visualize.view import MARK, SIDE, bar, cell, picture_of_words
 
 SMALL = 14  # pixels of a small map's side, at most
-MARK = "#d55e00"  # vermilion: seen on dark and light ground, and by the colour-blind
-BAR = "#0072b2"
 
 
 def attention_picture(view: AttentionView) -> Picture:
@@ -55,9 +53,7 @@ def attention_picture(view: AttentionView) -> Picture:
     large.set_ylabel("looks")
     large.set_title(f"layer {view.head[0]}, head {view.head[1]}", fontsize=10)
     figure.colorbar(image, ax=large, shrink=0.7, ticks=[0, 1, 10, 25, 50, 100], label="percent of attention")
-    with warnings.catch_warnings():  # signs that the font lacks are drawn as boxes; the table has them
-        warnings.filterwarnings("ignore", "Glyph")
-        return picture(figure, attention_text(view))
+    return picture_of_words(figure, attention_text(view))
 
 
 def attention_text(view: AttentionView) -> str:
@@ -86,37 +82,22 @@ def layers_text(view: AttentionView) -> str:
 def attention_table(view: AttentionView) -> str:
     """The chosen head's strongest links and the likeliest next words, as HTML without scripts or style sheets."""
     links = [
-        f"<tr>{_cell(view.pieces[a])}{_cell(view.pieces[b])}{_bar(f'{share} %', share / 100)}</tr>"
+        f"<tr>{cell(view.pieces[a])}{cell(view.pieces[b])}{bar(f'{share} %', share / 100)}</tr>"
         for a, b, share in view.links()
     ]
     after = bool(view.silenced)
     words = [
-        f"<tr>{_cell(piece)}{''.join(_bar(f'{100 * p:.1f} %', p) for p in ((old, new) if after else (old,)))}</tr>"
+        f"<tr>{cell(piece)}{''.join(bar(f'{100 * p:.1f} %', p) for p in ((old, new) if after else (old,)))}</tr>"
         for piece, old, new in view.words()
     ]
     silenced = ", ".join(f"layer {layer} head {head}" for layer, head in view.silenced)
-    column = f"<th {_SIDE}>without {silenced}</th>" if after else ""
+    column = f"<th {SIDE}>without {silenced}</th>" if after else ""
     return (
         '<div style="display: flex; flex-wrap: wrap; column-gap: 40px">'
         f"<div><p><b>Layer {view.head[0]}, head {view.head[1]}: its strongest links</b> to another than the first token"
-        f"</p><table><thead><tr><th {_SIDE}>looks</th><th {_SIDE}>is looked at</th><th {_SIDE}>share</th></tr></thead>"
+        f"</p><table><thead><tr><th {SIDE}>looks</th><th {SIDE}>is looked at</th><th {SIDE}>share</th></tr></thead>"
         f"<tbody>{''.join(links)}</tbody></table></div>"
-        f"<div><p><b>The likeliest next words</b></p><table><thead><tr><th {_SIDE}>word</th>"
-        f"<th {_SIDE}>whole model</th>{column}</tr></thead><tbody>{''.join(words)}</tbody></table></div>"
+        f"<div><p><b>The likeliest next words</b></p><table><thead><tr><th {SIDE}>word</th>"
+        f"<th {SIDE}>whole model</th>{column}</tr></thead><tbody>{''.join(words)}</tbody></table></div>"
         f"</div><p>{escape(attention_text(view))}</p>"  # not every page reads a picture's own words to the blind
-    )
-
-
-_SIDE = 'scope="col" style="text-align: left; vertical-align: bottom"'
-
-
-def _cell(piece: str) -> str:
-    return f'<td style="text-align: left; font-family: monospace">{escape(piece)}</td>'
-
-
-def _bar(text: str, share: float) -> str:
-    """A share as text, above a bar."""
-    return (
-        f'<td style="text-align: left; width: 110px">{text}<div style="background-color: {BAR}; height: 5px; '
-        f'width: {round(100 * share)}px"></div></td>'
     )

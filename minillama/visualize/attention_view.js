@@ -3,44 +3,8 @@
 // In the model: maps (deflated percent, by layer, head, token looked at, token that looks), page (what is shown),
 // silenced (pairs of layer and head), words (for which silenced heads, and rows of word, before, after).
 
-const STOPS = [[0, 34, 78], [67, 78, 108], [125, 124, 120], [188, 174, 108], [254, 232, 56]]; // the cividis colours
-const COLOURS = Array.from({ length: 101 }, (_, percent) => {
-  const place = Math.sqrt(percent / 100) * 4; // the root, so that small shares are seen too
-  const stop = Math.min(3, Math.floor(place));
-  return STOPS[stop].map((low, i) => low + (place - stop) * (STOPS[stop + 1][i] - low));
-});
-const ARROWS = (columns) => ({ ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns });
-
-/** An element of the page. Words only ever go in as text. */
-function make(tag, attributes = {}, ...children) {
-  const svg = ["svg", "path"].includes(tag);
-  const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
-/** Make items a group of which one is chosen, by a click or by the arrow keys; returns what marks one as chosen. */
-function chooser(items, columns, choose) {
-  const mark = (chosen) => items.forEach((item, i) => {
-    item.setAttribute("aria-checked", i === chosen);
-    item.tabIndex = i === chosen ? 0 : -1;
-  });
-  items.forEach((item, i) => {
-    item.setAttribute("role", "radio");
-    item.addEventListener("click", () => choose(i));
-    item.addEventListener("keydown", (event) => {
-      const step = { ...ARROWS(columns), Home: -i, End: items.length - 1 - i }[event.key];
-      if (step === undefined) return;
-      event.preventDefault();
-      const next = i + step;
-      if (!items[next]) return;
-      choose(next);
-      items[next].focus();
-    });
-  });
-  return mark;
-}
+// The root, so that small shares are seen too
+const COLOURS = Array.from({ length: 101 }, (_, percent) => colourAt(Math.sqrt(percent / 100)));
 
 /** Paint one map, size × size pixels, each the largest share of its patch, so that thin lines stay; CSS scales it. */
 function paint(canvas, share, count, size) {
@@ -59,25 +23,10 @@ function paint(canvas, share, count, size) {
   context.putImageData(image, 0, 0);
 }
 
-function bar(share, digits) {
-  const width = `width: ${Math.round(80 * share)}px`;
-  const number = make("span", { class: "share" }, `${(100 * share).toFixed(digits)} %`);
-  return make("td", {}, number, make("span", { class: "bar", style: width, "aria-hidden": true }));
-}
-
-function table(columns, rows, digits) {
-  const head = make("tr", {}, ...columns.map((name) => make("th", { scope: "col" }, name)));
-  const body = rows.map(([piece, ...shares]) =>
-    make("tr", {}, make("th", { scope: "row", class: "piece" }, piece), ...shares.map((share) => bar(share, digits))));
-  return make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
-}
-
 async function render({ model, el }) {
   const { pieces, layers, heads, shown, head } = model.get("page");
   const count = pieces.length;
-  const deflated = new Blob([model.get("maps")]).stream();
-  const inflated = deflated.pipeThrough(new DecompressionStream("deflate"));
-  const maps = new Uint8Array(await new Response(inflated).arrayBuffer());
+  const maps = new Uint8Array(await inflate(model.get("maps")));
   const shareIn = (map) => (looking, seen) => maps[(map * count + seen) * count + looking];
   const name = (map) => `layer ${layers[Math.floor(map / heads)]}, head ${map % heads}`;
   const pair = (map) => [layers[Math.floor(map / heads)], map % heads];
@@ -127,12 +76,12 @@ async function render({ model, el }) {
     const [a, b] = under(event);
     matrix.title = `“${pieces[a]}” gives ${shareIn(map)(a, b)} % to “${pieces[b]}”`;
   });
-  const ticks = ["0", "6", "25", "56", "100 %"].map((text) => make("span", {}, text));
 
   // The chosen token's row, and the next word.
   const row = make("div", { "aria-live": "polite", class: "row" });
   const silencer = make("button", { type: "button" });
   const restorer = make("button", { type: "button" }, "Let all heads speak");
+  const unable = about("Here no kernel runs. To silence other heads, run this cell in the notebook."); // on a web page
   const status = make("p", { role: "status" });
   const next = make("div", { class: "next" });
   const ask = (heads) => {
@@ -177,7 +126,8 @@ async function render({ model, el }) {
     matrix.setAttribute("aria-label", `The map of ${name(map)}: rows look, columns are looked at. ` +
       `“${pieces[token]}” looks most at “${strongest[0]?.[0]}”.`);
     const heading = make("h4", {}, "“", make("span", { class: "piece" }, pieces[token]), "” looks at");
-    row.replaceChildren(heading, table(["word", "share"], strongest, 0));
+    const rows = strongest.map(([piece, part]) => [piece, bar(part, percent(part, 0))]);
+    row.replaceChildren(heading, table(["word", "share"], rows));
     showWords();
   }
 
@@ -193,8 +143,10 @@ async function render({ model, el }) {
     status.textContent = waiting ? "The kernel is asked; it answers when it is free." :
       names ? `Silenced: ${names}. The maps stay those of the whole model.` : "No head is silenced.";
     next.setAttribute("aria-busy", waiting);
-    const rows = words.silenced.length ? words.rows : words.rows.map(([piece, before]) => [piece, before]);
-    next.replaceChildren(table(words.silenced.length ? ["word", "before", "after"] : ["word", "probability"], rows, 1));
+    const columns = words.silenced.length ? ["word", "before", "after"] : ["word", "probability"];
+    const rows = words.rows.map(([piece, ...shares]) =>
+      [piece, ...shares.slice(0, columns.length - 1).map((share) => bar(share, percent(share, 1)))]);
+    next.replaceChildren(table(columns, rows));
     small.forEach((canvas, i) => {
       const quiet = silenced.some((other) => same(other, pair(i)));
       canvas.classList.toggle("silenced", quiet);
@@ -202,27 +154,16 @@ async function render({ model, el }) {
     });
   }
 
-  const part = (...content) => make("section", {}, ...content);
-  const about = (text) => make("p", { class: "about" }, text);
-  const legend = [["legend"], ["ticks", ...ticks]].map(([name, ...content]) =>
-    make("div", { class: name, "aria-hidden": true }, ...content));
-  const columns = [
-    [
-      part(make("h4", {}, "Every head"), about(shown), make("div", { class: "scroll" }, grid)),
-      part(make("h4", {}, "The next word"), silencer, restorer, status, next),
-    ],
-    [
-      part(title, about("A click or arrow keys choose a word that looks."),
-        links),
-    ],
-    [
-      part(make("h4", {}, "As a matrix"), about("Rows look, columns are looked at."),
-        make("div", { class: "matrix" }, matrix, mark), ...legend),
-      part(row),
-    ],
-  ].map((parts) => make("div", { class: "column" }, ...parts));
-  // JupyterLab would take the arrow keys for its own.
-  el.append(make("div", { class: "minillama-attention", "data-lm-suppress-shortcuts": true }, ...columns));
+  el.append(view("minillama-attention", [
+    part(make("h4", {}, "Every head"), about(shown), make("div", { class: "scroll" }, grid)),
+    part(make("h4", {}, "The next word"), ...(model.get("live") === false ? [unable] : [silencer, restorer]), status, next),
+  ], [
+    part(title, about("A click or arrow keys choose a word that looks."), links),
+  ], [
+    part(make("h4", {}, "As a matrix"), about("Rows look, columns are looked at."),
+      make("div", { class: "matrix" }, matrix, mark), legend(["0", "6", "25", "56", "100 %"])),
+    part(row),
+  ]));
   show();
   model.on("change:words", showWords);
   return () => model.off("change:words", showWords);

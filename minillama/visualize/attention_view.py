@@ -3,7 +3,6 @@
 Letters: L layers that are shown, H heads, T tokens, V vocabulary.
 """
 
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,13 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minillama.tokenizer import Tokenizer
 from minillama.visualize.anatomy import anatomy, logits_of
 from minillama.visualize.record import ablate, record
-
-MAX_TOKENS = 200  # more words than anybody reads in one picture; a map grows with the square of them
-MAX_BYTES = 150_000  # of packed maps: a page stays small enough to be sent by mail
-SHOWN_WORDS = 8
+from minillama.visualize.view import MAX_BYTES, SHOWN_WORDS, layers_of, pack, read, that_fit
 
 
 @dataclass(frozen=True)
@@ -83,11 +78,9 @@ def attention_view(
 
     For the arguments, and when it raises ValueError, see `attention`.
     """
-    tokens, spell = _read(tokenizer, text)
+    tokens, spell = read(tokenizer, text)
     count = len(anatomy(model).blocks)
-    numbers = list(range(count)) if layers is None else sorted(set(layers))
-    if not numbers or not 0 <= numbers[0] <= numbers[-1] < count:
-        raise ValueError(f"layers are {numbers}, expected some of 0 to {count - 1}.")
+    numbers = layers_of(layers, count)
     with record(model, "attention", layers=numbers) as seen, torch.inference_mode():
         model(tokens[None].to(next(model.parameters()).device))
     shares = seen.attention[:, 0]
@@ -121,25 +114,6 @@ def next_probabilities(model: nn.Module, tokens: Tensor, silenced: Collection[tu
         return logits_of(model, tokens[None])[0, -1].softmax(-1).cpu()
 
 
-def _read(tokenizer: Any, text: Any) -> tuple[Tensor, Callable[[int], str]]:
-    """Token ids (T,), and how to spell one."""
-    if isinstance(text, str) and tokenizer is None:
-        raise ValueError("there is no tokenizer to read the text with: give token ids.")
-    ours = isinstance(tokenizer, Tokenizer)
-    if isinstance(text, str):
-        ids = tokenizer.encode(text, bos=True) if ours and tokenizer.add_bos else tokenizer.encode(text)
-    else:
-        ids = torch.as_tensor(text).tolist()
-    tokens = torch.tensor(ids, dtype=torch.long)
-    if tokens.dim() != 1 or not 1 <= len(tokens) <= MAX_TOKENS:
-        shape = f"{len(tokens)} tokens" if tokens.dim() == 1 else f"the shape {tuple(tokens.shape)}"
-        raise ValueError(f"the text has {shape}, expected 1 to {MAX_TOKENS} in a row: give another part of it.")
-    if tokenizer is None:
-        return tokens, str
-    # transformers' tokenizers have no readable form of one token but its text.
-    return tokens, tokenizer.piece if ours else lambda i: tokenizer.decode([i]).replace(" ", "▁")
-
-
 def _busiest(shares: Tensor) -> tuple[int, int]:
     """The (layer, head), as places in shares, whose last token looks most at one word further back: not at the first
     token, where heads rest, nor at itself and the word before, which many do."""
@@ -160,10 +134,8 @@ def _place(head: tuple[int, int], layers: list[int], n_heads: int) -> tuple[int,
 def _that_fit(shares: Tensor, place: int) -> list[int]:
     """Places of layers that fit into a page: all, or every second, third …, with the chosen one among them."""
     sizes = [len(_pack(_percent(layer))) for layer in shares]
-    for step in range(1, len(sizes) + 1):
-        kept = list(range(place % step, len(sizes), step))
-        if sum(sizes[i] for i in kept) <= MAX_BYTES:
-            return kept
+    if kept := that_fit(sizes, place):
+        return kept
     raise ValueError(
         f"one layer takes {sizes[place]} bytes, expected {MAX_BYTES} at most: give a shorter text than these "
         f"{shares.shape[-1]} tokens."
@@ -175,4 +147,4 @@ def _percent(shares: Tensor) -> Tensor:
 
 
 def _pack(percent: Tensor) -> bytes:
-    return zlib.compress(percent.transpose(-1, -2).contiguous().numpy().tobytes(), 9)
+    return pack(percent.transpose(-1, -2).contiguous().numpy())

@@ -2,13 +2,13 @@
 
 from collections.abc import Collection, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from minillama.visualize.attention_page import attention_picture, attention_table, attention_text, layers_text
 from minillama.visualize.attention_view import AttentionView, attention_view, silence
+from minillama.visualize.view import show, sources
 
 
 class Attention:
@@ -21,9 +21,7 @@ class Attention:
         return attention_text(self.view)
 
     def _ipython_display_(self) -> None:
-        from IPython.display import HTML, display
-
-        display(attention_picture(self.view), HTML(attention_table(self.view)), self.widget())
+        show(attention_picture(self.view), attention_table(self.view), self.widget())
 
     def widget(self) -> Any:
         """The live view, an anywidget. What its user silences is run in this kernel, on this model."""
@@ -66,11 +64,8 @@ def _kind() -> Any:
     import anywidget
     import traitlets
 
-    here = Path(__file__).parent
-
     class AttentionWidget(anywidget.AnyWidget):
-        _esm = (here / "attention_view.js").read_text(encoding="utf-8")
-        _css = (here / "attention_view.css").read_text(encoding="utf-8")
+        _esm, _css = sources("attention_view")
         maps = traitlets.Bytes().tag(sync=True)
         page = traitlets.Dict().tag(sync=True)
         silenced: Any = traitlets.List().tag(sync=True)
