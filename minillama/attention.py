@@ -28,6 +28,19 @@ def causal_mask(new: int, total: int, device: torch.device | None = None) -> Ten
     return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
 
 
+def packed_mask(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """For rows that hold several texts one after the other: positions (B, T), which begin anew with each text, and a
+    mask (B, 1, T, T) under which a token sees those before it in its own text only.
+
+    `segments` (B, T) integers: the number of the text that a token belongs to; where it changes, another begins.
+    """
+    columns = torch.arange(segments.shape[1], device=segments.device)
+    begins = segments.diff(dim=1, prepend=segments[:, :1]) != 0
+    starts = torch.where(begins, columns, 0).cummax(1).values
+    same = segments[:, :, None] == segments[:, None, :]
+    return columns - starts, (same & causal_mask(len(columns), len(columns), segments.device))[:, None]
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, from (B, T, dim) to (B, T, dim).
 

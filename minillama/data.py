@@ -20,10 +20,14 @@ from minillama.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs` (B, T) int64, and `targets` (B, T) int64: what follows each input, or IGNORE where nothing is scored."""
+    """`inputs` (B, T) int64, and `targets` (B, T) int64: what follows each input, or IGNORE where nothing is scored.
+
+    `segments` (B, T) int64 where a row holds several texts: the number of its text for each token, -1 for padding.
+    """
 
     inputs: Tensor
     targets: Tensor
+    segments: Tensor | None = None
 
     @property
     def scored(self) -> int:

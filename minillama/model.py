@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from minillama.attention import Attention, LayerCache
+from minillama.attention import Attention, LayerCache, packed_mask
 from minillama.config import ModelConfig
 from minillama.embedding import Embedding
 from minillama.feedforward import FeedForward
@@ -44,7 +44,8 @@ class Llama(nn.Module):
     """A language model: `model(tokens)` scores, after every token, what the next one could be.
 
     tokens (B, T) int64 → logits (B, T, vocab_size). With a `cache`, the tokens are the ones that follow those already
-    in it. `config` says everything about its shape.
+    in it. With `segments` (B, T), a row holds several texts, none of which sees another: the number of its text for
+    each token. `config` says everything about its shape.
     """
 
     frequency: Tensor  # (head_dim/2,) radians from one position to the next, always fp32
@@ -66,17 +67,20 @@ class Llama(nn.Module):
         self.frequency = frequencies(self.config).to(self.frequency.device)
         return self
 
-    def forward(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        return self.scores(self.hidden(tokens, cache))
+    def forward(self, tokens: Tensor, cache: "KVCache | None" = None, segments: Tensor | None = None) -> Tensor:
+        return self.scores(self.hidden(tokens, cache, segments))
 
-    def hidden(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: "KVCache | None" = None, segments: Tensor | None = None) -> Tensor:
         """tokens (B, T) → the last block's output after the final norm (B, T, dim)."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens have the shape {tuple(tokens.shape)}, expected (batch, time): add a batch axis.")
-        if cache is None:
-            positions, mask = torch.arange(tokens.shape[1], device=tokens.device), None
-        else:
+        mask: Tensor | None = None
+        if cache is not None:
             positions, mask = cache.advance(tokens.shape[1])
+        elif segments is not None:
+            positions, mask = packed_mask(segments)
+        else:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
         turn = rotation(self.frequency, positions)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):

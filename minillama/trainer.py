@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from minillama.checkpoint import load, save
@@ -82,35 +82,41 @@ def rate_at(step: int, settings: TrainSettings) -> float:
 
 
 def make_optimizers(model: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """One or two optimizers that share the model's parameters between them.
+    """One or two optimizers that share the model's parameters between them, as far as these are to be trained.
 
     Muon makes each step of a matrix orthogonal, so that no direction is left behind; it is for matrices between hidden
     layers. Embeddings, output and norms keep AdamW. Weight decay is for matrices, not for norms.
     Sources: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; Jordan et al. 2024, "Muon".
     """
-    hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("blocks.")]
-    tables = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("blocks.")]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for name, p in trained.items() if p.dim() == 2 and "blocks." in name]
+    tables = [p for name, p in trained.items() if p.dim() == 2 and "blocks." not in name]
+    vectors = [p for p in trained.values() if p.dim() < 2]
     rate, decay = settings.learning_rate, settings.weight_decay
     groups = [{"params": tables, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     if settings.optimizer == "adamw":
         groups[0]["params"] = hidden + tables
     adamw = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
-    if settings.optimizer == "adamw":
+    if settings.optimizer == "adamw" or not hidden:
         return [adamw]
     # Scaled so that a step has the size that AdamW's would have: one learning rate then suits both.
     muon = torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw]
 
 
+def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss of a batch in nats per scored token, ()."""
+    device = next(model.parameters()).device
+    packed = {} if batch.segments is None else {"segments": batch.segments.to(device)}
+    return cross_entropy(model(batch.inputs.to(device), **packed), batch.targets.to(device))
+
+
 @torch.no_grad()
-def mean_loss(model: Llama, batches: Iterable[Batch]) -> float:
+def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     """The mean loss in nats per scored token over all batches, each token counted once."""
-    device = model.embedding.weight.device
     total, count = 0.0, 0
     for batch in batches:
-        loss = cross_entropy(model(batch.inputs.to(device)), batch.targets.to(device))
-        total += loss.item() * batch.scored
+        total += batch_loss(model, batch).item() * batch.scored
         count += batch.scored
     return total / count
 
@@ -136,7 +142,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
         self.optimizers = make_optimizers(self.model, self.settings)
-        self.device = self.model.embedding.weight.device
+        self.device = next(self.model.parameters()).device
         self.step = 0
         self.records: list[dict[str, Any]] = []
 
@@ -196,10 +202,9 @@ class Trainer:
         return record
 
     def _backward(self, batch: Batch, weight: float) -> float:
-        inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
         half = self.settings.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            loss = cross_entropy(self.model(inputs), targets) * weight
+            loss = batch_loss(self.model, batch) * weight
         loss.backward()
         return loss.item()
 
