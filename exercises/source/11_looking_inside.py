@@ -170,7 +170,7 @@ except NotImplementedError:
 # $$A_l = \frac{I + \sum_h s_h\, A_{l,h}}{1 + \sum_h s_h}$$
 #
 # and what the tokens rest on behind layer l is the product of the layers up to it, A_l … A_2 A_1, so that rows sum to 1. Compute in
-# fp32. A loop over layers is fine, but not over texts: the check has thousands.
+# fp32. A loop over layers is fine, but not over texts: there may be thousands, or none.
 #
 # For example one layer with one head of strength 3, and two tokens of which the second looks at the first only, gives
 # `[[1, 0], [0.75, 0.25]]`. With a second layer of the same kind, the second token rests on the first with 0.75 + 0.25 · 0.75 =

@@ -261,8 +261,9 @@ def _induction_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     for n, layers, heads, T, words in ((1, 2, 3, 9, 3), (4, 3, 2, 12, 5), (3, 1, 6, 7, 3), (2, 2, 3, 20, 8)):
         lengths = torch.randint(T // 2, T, (n,), generator=rng)
         lengths[-1] = T
-        tokens = torch.randint(1, words + 1, (n, T), generator=rng)
-        tokens[-1, :4] = torch.tensor([1, 1, 2, 1])
+        tokens = torch.randint(words, (n, T), generator=rng)  # 0 is a token as good as any
+        tokens[-1, :4] = torch.tensor([1, 1, 0, 1])
+        tokens[-1, 5] = 0
         yield _attention(rng, n, layers, heads, T), _padded(tokens, lengths, 2), lengths
     # Of the second text nothing repeats; then of no text.
     for n, T in ((2, 6), (3, 5)):
@@ -310,6 +311,27 @@ def _moved(by: int) -> Pairs:
     return lambda ids, length: [(t, min(s + by, len(ids) - 1)) for t, s in _last(ids, length)]
 
 
+def _all_at_once(attention: Tensor, tokens: Tensor, lengths: Tensor, mean: bool) -> Tensor:
+    """A place is scored by how much it looks behind all earlier occurrences, together or on average."""
+    scores = []
+    for look, ids, length in zip(attention, tokens.tolist(), lengths.tolist(), strict=True):
+        for t in range(length):
+            if places := [s + 1 for s in range(t) if ids[s] == ids[t]]:
+                scores.append(look[:, :, t, places].sum(-1) / (len(places) if mean else 1))
+    return torch.stack(scores).mean(0) if scores else torch.zeros(attention.shape[1:3])
+
+
+def _not_forgotten(attention: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """What one text has said is still known when the next one begins."""
+    scores, last = [], dict[int, int]()
+    for look, ids, length in zip(attention, tokens.tolist(), lengths.tolist(), strict=True):
+        for t, token in enumerate(ids[:length]):
+            if token in last:
+                scores.append(look[:, :, t, last[token] + 1])
+            last[token] = t
+    return torch.stack(scores).mean(0) if scores else torch.zeros(attention.shape[1:3])
+
+
 def _induction(attention: Tensor, tokens: Tensor, lengths: Tensor, *, pairs: Pairs = _last, padding: bool = False,
                turned: bool = False, over: str = "pairs", nothing: float = 0.0) -> Tensor:  # fmt: skip
     N, L, H, T, _ = attention.shape
@@ -328,6 +350,8 @@ def _induction(attention: Tensor, tokens: Tensor, lengths: Tensor, *, pairs: Pai
         return (sums / counts[:, None, None].clamp_min(1)).sum(0) / (counts > 0).sum().clamp_min(1)
     if over == "sum":
         return sums.sum(0)
+    if over == "number of texts":
+        return sums.sum(0) / N
     if over == "all places":
         return sums.sum(0) / lengths.sum()
     if over == "padding":
@@ -369,6 +393,16 @@ INDUCTION = Exercise(
               _induction_as(pairs=_first)),
         Wrong("all earlier occurrences count: expected only the last one before the token, so that each token counts "
               "once.", _induction_as(pairs=_all_earlier)),
+        Wrong("a place is scored by its looks at what came after any of the earlier occurrences, added up: only the "
+              "last one counts.", functools.partial(_all_at_once, mean=False)),
+        Wrong("a place is scored by the mean of its looks at what came after each of the earlier occurrences: only the "
+              "last one counts.", functools.partial(_all_at_once, mean=True)),
+        Wrong("a token that has been there in an earlier text counts: each text begins with nothing said.",
+              _not_forgotten),
+        Wrong("an occurrence at place 0 is overlooked: the number 0 is false, and still a place.",
+              _induction_as(pairs=lambda ids, length: [(t, s) for t, s in _last(ids, length) if s != 1])),
+        Wrong("token 0 is taken for padding: what is padding, only the lengths say.",
+              _induction_as(pairs=lambda ids, length: [(t, s) for t, s in _last(ids, length) if ids[t] != 0])),
         Wrong("occurrences behind the token count: nothing can be looked at there. Expected those before it.",
               _induction_as(pairs=_anywhere)),
         Wrong("it is divided by all places: only those whose token has been there before can be induced.",
@@ -387,6 +421,10 @@ INDUCTION = Exercise(
         Wrong("each text has its own score: expected (L, H), over the places of all texts.",
               _induction_as(over="texts")),
         Wrong("it is a sum, expected the mean over the places that count.", _induction_as(over="sum")),
+        Wrong("it is divided by the number of texts, expected by that of the places that count.",
+              _induction_as(over="number of texts")),
+        Wrong("the last token of each text is left out: its place is the length less one, and it counts.",
+              _induction_as(pairs=lambda ids, length: _last(ids, max(length - 1, 0)))),
         Wrong("where no token of any text repeats, it is NaN, expected zeros: nothing was divided by nothing.",
               _induction_as(nothing=math.nan)),
         Wrong("tokens that stand twice side by side are left out: there the last occurrence is the place before, and "
@@ -416,17 +454,20 @@ INDUCTION = Exercise(
 
 
 def _rollout_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
-    for n, layers, heads, T, dtype in (
-        (2, 3, 6, 5, torch.float32), (1, 4, 2, 7, torch.float32), (3, 1, 3, 4, torch.float32),
-        (2, 5, 1, 6, torch.float32), (4, 2, 2, 1, torch.float32), (0, 3, 2, 4, torch.float32),
-        (2, 3, 4, 5, torch.bfloat16),
+    for n, layers, heads, T in (
+        (2, 3, 6, 5), (1, 4, 2, 7), (3, 1, 3, 4), (2, 5, 1, 6), (4, 2, 2, 1), (0, 3, 2, 4),
     ):  # fmt: skip
         weights = torch.rand(n, layers, heads, generator=rng) * 3
         if layers == 4:
             weights[0, 2] = 0
         if layers == 5:
             weights = weights * 100
-        yield _attention(rng, n, layers, heads, T).to(dtype), weights.to(dtype)
+        yield _attention(rng, n, layers, heads, T), weights
+    # Rows of quarters sum to 1 in bf16, too, and the products are exact: what is lost is lost in sums, in any order.
+    places = torch.rand(3, 2, 2, 3, 4, generator=rng) * torch.arange(1, 4)[:, None]
+    quarters = F.one_hot(places.long(), 3).sum(-2) / 4
+    weights = torch.randint(16, 32, (3, 2, 2), generator=rng) * 2 + 1
+    yield quarters.bfloat16(), (weights * torch.tensor([8, 1])).bfloat16()
 
 
 def _mixed(attention: Tensor, weights: Tensor) -> Tensor:
@@ -474,6 +515,17 @@ def _with_start(attention: Tensor, weights: Tensor) -> Tensor:
     return torch.cat([_eye(found).expand_as(found[:, :1]), found], 1)
 
 
+def _early_sums(a: Tensor, w: Tensor, maps: bool, strengths: bool) -> Tensor:
+    """The sums over heads before fp32 begins."""
+    above = _mixed(a, w).float() if maps else _mixed(a.float(), w.float())
+    below = (1 + w.sum(-1)).float() if strengths else 1 + w.float().sum(-1)
+    return torch.stack(_products((above + _eye(above)) / below[..., None, None]), 1)
+
+
+def _one_by_one(a: Tensor, w: Tensor) -> Tensor:
+    return torch.stack([_rollout(maps[None], strengths[None])[0] for maps, strengths in zip(a, w, strict=True)])
+
+
 def _each_head(a: Tensor, w: Tensor) -> Tensor:
     return (_mixed(a, w) + a.shape[2] * _eye(a)) / (a.shape[2] + w.sum(-1))[..., None, None]
 
@@ -505,8 +557,12 @@ ROLLOUT = Exercise(
               _rollout_as(layer=lambda a, w: _own(a, w / w.sum(-1, keepdim=True).clamp_min(1e-9)))),
         Wrong("the strengths go through a softmax: they are strengths already.",
               _rollout_as(layer=lambda a, w: _own(a, w.softmax(-1)))),
-        Wrong("every head brings the token itself along: the stream passes a layer once, with the strength 1.",
+        Wrong("every head brings the token itself along, or, which is the same, the heads are averaged: the stream "
+              "passes a layer once, with the strength 1, and what the heads bring is added up.",
               _rollout_as(layer=_each_head)),
+        Wrong("each head is mixed with the token itself, and then they are averaged, so that a head twice as strong "
+              "brings less than twice as much: one sum for all, and one division.",
+              _rollout_as(layer=lambda a, w: ((a * w[..., None, None] + _eye(a)) / (1 + w)[..., None, None]).mean(2))),
         Wrong("of the heads the largest is taken at each place: all of them add to the stream.",
               _rollout_as(layer=_largest)),
         Wrong("the layers are multiplied in the wrong order: the later one's rows look at what the earlier one made.",
@@ -528,12 +584,23 @@ ROLLOUT = Exercise(
               _of_rollout(lambda x: x[:, -1])),
         Wrong("rows and columns are exchanged: the last axis is what a token rests on, so that rows sum to 1.",
               _of_rollout(lambda x: x.mT)),
+        Wrong("the maps are turned before they are multiplied: a row is what one token looks at, and sums to 1.",
+              _rollout_as(layer=lambda a, w: _own(a.mT, w))),
+        Wrong("the results come last layer first, expected first to last.", _of_rollout(lambda x: x.flip(1))),
+        Wrong("the texts go one by one and are put together in the end, which fails where there are none: treat all "
+              "texts at once.", _one_by_one),
         Wrong("layers and texts are exchanged, expected (N, L, T, T).", _of_rollout(lambda x: x.transpose(0, 1))),
         Wrong("the texts are averaged, expected one result for each.", _of_rollout(lambda x: x.mean(0))),
         Wrong("it is computed in bf16, whose errors grow with each product: go to fp32 first.",
               _rollout_as(dtype=None)),
         Wrong("it is computed in bf16 and made fp32 in the end, when the digits are lost: go to fp32 first.",
               lambda a, w: _rollout(a, w, dtype=None).float()),
+        Wrong("the sums over heads are taken in bf16, before fp32 begins: go to fp32 first.",
+              lambda a, w: _early_sums(a, w, True, True)),
+        Wrong("the strengths are added up in bf16, whose digits do not reach for the sum: go to fp32 first.",
+              lambda a, w: _early_sums(a, w, False, True)),
+        Wrong("the maps times strengths are added up in bf16, whose digits do not reach for the sum: go to fp32 first.",
+              lambda a, w: _early_sums(a, w, True, False)),
     ),
     hints=(
         "A head has the strength 3, the token itself 1: how much of the token is still itself after the layer?",
@@ -563,7 +630,7 @@ Lens = tuple[Tensor, Tensor]
 
 def _lens_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     for layers, T, dim, V, eps, dtype, size in (
-        (4, 6, 8, 11, 0.5, torch.float32, 1.0), (3, 9, 7, 7, 0.3, torch.float32, 1.0),
+        (4, 6, 8, 11, 0.5, torch.float32, 1.0), (3, 9, 7, 7, 0.3, torch.float32, 0.1),
         (6, 5, 12, 9, 1e-5, torch.float32, 40.0), (2, 7, 5, 3, 0.2, torch.float32, 1.0),
         (1, 4, 6, 5, 0.1, torch.float32, 1.0), (3, 1, 6, 9, 0.5, torch.float32, 1.0),
         (3, 0, 6, 9, 0.5, torch.float32, 1.0), (4, 6, 16, 10, 0.5, torch.bfloat16, 1.0),
@@ -640,6 +707,11 @@ def _never(value: Callable[[int], int]) -> Callable[[Tensor, Tensor], Tensor]:
     return settled
 
 
+def _more_than_half(*arguments: Any) -> Lens:
+    logs, _ = _lens(*arguments)
+    return logs, _settled((logs > math.log(0.5)).long(), torch.ones_like(arguments[-1]))
+
+
 def _last_alone(x: Tensor, w: Tensor, eps: float) -> Tensor:
     """The norm only where the model has it: behind the last layer."""
     normed = x[-1:] * torch.rsqrt(x[-1:].square().mean(-1, keepdim=True) + eps) * w
@@ -707,6 +779,11 @@ LENS = Exercise(
               "one from which on it stays.", _lens_as(settled=_first_right)),
         Wrong("the layer is the last at which the target is not the most probable yet: expected the one after it.",
               _lens_as(settled=lambda best, targets: _settled(best, targets) - 1)),
+        Wrong("the target counts only where it has more than half of the probability: it is the most probable with "
+              "less, if all others have less still.", _more_than_half),
+        Wrong("the layers are gone through from the first, and counting ends where the target is not the most "
+              "probable: begin at the last.",
+              _lens_as(settled=lambda best, targets: len(best) - (best == targets).long().cumprod(0).sum(0))),
         Wrong("layers are counted from 1: the stream before the first layer is number 0.",
               _lens_as(settled=lambda best, targets: _settled(best, targets) + 1)),
         Wrong("where the target is not the most probable in the end, the layer is -1, expected L+1.",
@@ -944,7 +1021,8 @@ def _effects(model: Any, clean: Tensor, corrupt: Tensor, word: int, other: int, 
             scores[name] = measure(model(tokens[None]), word, other)
             failed = False
         finally:
-            stays = {"when it went well": failed, "recording stays": name == "clean"}
+            stays = {"when it went well": failed, "recording stays": name == "clean",
+                     "when clean went well": failed and name == "clean"}  # fmt: skip
             if not stays.get(remove, False):
                 for handle in handles:
                     handle.remove()
@@ -980,8 +1058,8 @@ def _of_effects(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     return _on_data(lambda *arguments: change(_effects(*arguments)))
 
 
-def _piled_up(model: Any, clean: Tensor, corrupt: Tensor, word: int, other: int) -> Tensor:
-    """One patch after the other, of which none is taken out."""
+def _piled_up(model: Any, clean: Tensor, corrupt: Tensor, word: int, other: int, *, remove: bool = False) -> Tensor:
+    """One patch after the other, of which none is taken out, or all in the end."""
     modules = [block.attention for block in model.blocks] + [block.feedforward for block in model.blocks]
     said: list[tuple[Any, Tensor]] = []
     handles = [module.register_forward_hook(lambda m, x, y: said.append((m, y[0]))) for module in modules]
@@ -1001,10 +1079,41 @@ def _piled_up(model: Any, clean: Tensor, corrupt: Tensor, word: int, other: int)
                 y[0, place] = known[m][place]
                 return y
 
-            module.register_forward_hook(patch)
+            handles.append(module.register_forward_hook(patch))
             z = model(corrupt[None])[0, -1]
             found.append((z[word] - z[other] - after) / (before - after))
+    if remove:
+        for handle in handles:
+            handle.remove()
     return torch.stack(found).view(2, -1, len(clean))
+
+
+def _stream_patched(model: Any, clean: Tensor, corrupt: Tensor, word: int, other: int) -> Tensor:
+    """The stream before each layer, and behind it."""
+    with record(model, "stream") as seen:
+        z = [model(clean[None])[0, -1]]
+    z.append(model(corrupt[None])[0, -1])
+    copies, one = corrupt.expand(len(clean), -1), torch.eye(len(clean), dtype=torch.bool)[:, :, None]
+    for part in (0, 1):
+        for layer, block in enumerate(model.blocks):
+            put = seen.stream[layer + part]
+            handle = (
+                block.register_forward_hook(lambda m, x, y, put=put: torch.where(one, put, y)) if part else
+                block.register_forward_pre_hook(lambda m, x, put=put: (torch.where(one, put, x[0]), *x[1:]))
+            )  # fmt: skip
+            with handle:
+                z.extend(model(copies)[:, -1])
+    before, after, *found = (scores[word] - scores[other] for scores in z)
+    return ((torch.stack(found) - after) / (before - after)).view(2, -1, len(clean))
+
+
+def _swept(model: Any, *arguments: Any) -> Tensor:
+    try:
+        return _effects(model, *arguments)
+    finally:
+        for module in model.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
 
 
 def _probability(z: Tensor, word: int, other: int) -> Tensor:
@@ -1046,7 +1155,7 @@ PATCH = Exercise(
         Wrong("all places but the one are patched.", _effects_as(where=lambda T: 1 - torch.eye(T))),
         Wrong("nothing comes back anywhere: what was put in is what the corrupt text said by itself. What was recorded "
               "of the clean text may have been written over by a later pass.",
-              _effects_as(value=lambda clean, corrupt: corrupt)),
+              _of_effects(torch.zeros_like)),
         Wrong("the place is set to zero: expected what was said there in the clean text.",
               _effects_as(value=lambda clean, corrupt: torch.zeros_like(clean))),
         Wrong("the clean value is added to what is said in the corrupt text: it stands in its place.",
@@ -1054,6 +1163,8 @@ PATCH = Exercise(
         Wrong("the difference of the two texts is put in: it is the clean value that stands there.",
               _effects_as(value=lambda clean, corrupt: clean - corrupt)),
         Wrong("what attention and feed-forward read is patched: expected what they add.", _effects_as(stream=True)),
+        Wrong("the stream is patched, before each layer and behind it, with all that was added before: expected what "
+              "one part adds to it.", _on_data(_stream_patched)),
         Wrong("attention and feed-forward are exchanged: attention comes first.", _effects_as(swapped=True)),
         Wrong("the layers come last to first, expected first to last.", _of_effects(lambda x: x.flip(1))),
         Wrong("every patch lands in the last layer: each layer's hook must know its own.", _effects_as(late=True)),
@@ -1067,14 +1178,20 @@ PATCH = Exercise(
         Wrong("the scores are averaged over all places: measure behind the last token.",
               _effects_as(measure=lambda z, word, other: (z[..., word] - z[..., other]).mean(1))),
         Wrong("hooks stay in the model: each patch adds to all those before it.", _on_data(_piled_up)),
+        Wrong("the patches are taken out only in the end, so that each adds to all those before it: expected one "
+              "place at a time.",
+              _on_data(lambda *a: _piled_up(*a, remove=True))),
         Wrong("hooks stay in the model: of each place, the patches of the layers before are still in.",
               _effects_as(remove="never")),
         Wrong("the hooks that record the clean text stay in the model.", _effects_as(remove="recording stays")),
         Wrong("nothing comes back anywhere: the hooks that record the clean text stay in the model, and write over it "
               "in each later pass.",
-              _effects_as(remove="recording stays", value=lambda clean, corrupt: corrupt)),
+              _on_data(lambda *a: torch.zeros_like(_effects(*a, remove="recording stays")))),
         Wrong("hooks stay in the model when it fails, since the lines that remove them are never reached.",
               _effects_as(remove="when it went well")),
+        Wrong("the hooks that record the clean text stay in the model when it fails there: it is then that they must "
+              "be removed, too.", _effects_as(remove="when clean went well")),
+        Wrong("hooks of others are gone as well: remove only those that you have put in.", _on_data(_swept)),
         Wrong("these are percent, expected shares: 1 is all.", _of_effects(lambda x: 100 * x)),
     ),
     hints=(
