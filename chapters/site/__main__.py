@@ -1,7 +1,7 @@
 """`make site`: the course as a web site in build/site, which needs neither a kernel nor a network.
 
-The files are copied first, in the folders where they lie, so that the links between them hold. Nothing is run: the
-pages show what is stored in the notebooks.
+The files are copied first, in the folders where they lie, so that the links between them hold. The pages show what
+is stored in the notebooks; what runs is only what the live views need.
 """
 
 import io
@@ -13,8 +13,10 @@ from importlib.metadata import files
 from pathlib import Path
 
 import nbformat
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from sphinx.application import Sphinx
 
+from chapters.site.live import add_views
 from chapters.site.reference import page
 from tests.test_architecture import ORDER, module_of
 
@@ -71,7 +73,7 @@ CONFIG = {
     "html_show_copyright": False,
     "html_show_sphinx": False,
     "html_css_files": ["site.css"],
-    "html_js_files": ["site.js"],
+    "html_js_files": ["site.js", "live.js"],
     "html_context": {"default_mode": "auto"},  # light or dark, as the reader's system is
     "html_theme_options": {
         "use_download_button": False,
@@ -87,8 +89,9 @@ CONFIG = {
 
 
 def prepare(notebook: Path) -> str:
-    """A notebook for the site: pictures with their descriptions, a sentence where controls would be dead."""
+    """A notebook for the site: its live views, descriptions of pictures, a sentence where controls would be dead."""
     content = nbformat.read(notebook, as_version=4)
+    add_views(content, notebook)
     for cell in content.cells:
         if cell.cell_type != "code":
             # Sphinx sees to links that are Markdown, not to those that are HTML.
@@ -123,7 +126,7 @@ def collect(source: Path) -> None:
     (source / "index.md").write_text((ROOT / "README.md").read_text(encoding="utf-8") + menu, encoding="utf-8")
     static = source / "static"
     static.mkdir()
-    for path in Path(__file__).parent.glob("site.*"):
+    for path in Path(__file__).parent.glob("*.[cj]s*"):
         shutil.copy(path, static)
     (mathjax,) = [path for path in files("sphinx-mathjax-offline") or [] if path.name == "tex-svg.js"]
     shutil.copy(str(mathjax.locate()), static)
@@ -133,7 +136,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder) / "source", Path(folder) / "site"
         source.mkdir()
-        collect(source)
+        try:
+            collect(source)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            print(f"The site was not built, for a notebook with a live view failed: {error}", file=sys.stderr)
+            return 1
         config = {**CONFIG, "html_static_path": [str(source / "static")]}
         doctrees = Path(folder) / "doctrees"
         app = Sphinx(source, None, built, doctrees, "html", config, status=io.StringIO(), warningiserror=True)

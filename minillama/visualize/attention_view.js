@@ -81,7 +81,8 @@ async function render({ model, el }) {
   const row = make("div", { "aria-live": "polite", class: "row" });
   const silencer = make("button", { type: "button" });
   const restorer = make("button", { type: "button" }, "Let all heads speak");
-  const unable = about("Here no kernel runs. To silence other heads, run this cell in the notebook."); // on a web page
+  const unable = about("Here no kernel runs: to silence other heads, run this cell in the notebook.");
+  const buttons = model.get("live") === false ? [unable] : [silencer, restorer]; // false on a web page
   const status = make("p", { role: "status" });
   const next = make("div", { class: "next" });
   const ask = (heads) => {
@@ -156,7 +157,7 @@ async function render({ model, el }) {
 
   el.append(view("minillama-attention", [
     part(make("h4", {}, "Every head"), about(shown), make("div", { class: "scroll" }, grid)),
-    part(make("h4", {}, "The next word"), ...(model.get("live") === false ? [unable] : [silencer, restorer]), status, next),
+    part(make("h4", {}, "The next word"), ...buttons, status, next),
   ], [
     part(title, about("A click or arrow keys choose a word that looks."), links),
   ], [

@@ -1,5 +1,6 @@
 """The web site of `make site`, opened from its files, as a reader without a network and without a kernel sees it."""
 
+import os
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -7,17 +8,24 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from chapters.site.live import cells_that_ask, html
+
 ROOT = Path(__file__).resolve().parents[2]
+PIXELS = "canvas => canvas.toDataURL()"
 SITE = ROOT / "build" / "site"
 PAGES = [
-    "index.html", "chapters/00_start_here.html", "chapters/03_positions.html", "exercises/04_attention.html",
-    "reference/attention.html",
+    "index.html", "chapters/00_start_here.html", "chapters/03_positions.html", "chapters/11_looking_inside.html",
+    "exercises/04_attention.html", "reference/attention.html",
 ]  # fmt: skip
 
-SOURCES = ["chapters/*.ipynb", "chapters/site/*.*", "exercises/*.ipynb", "minillama/**/*.py", "README.md"]
+SOURCES = [
+    "chapters/*.ipynb", "chapters/site/*.*", "exercises/*.ipynb", "minillama/**/*.py", "minillama/visualize/*.*s",
+    "README.md",
+]  # fmt: skip
 
 
 def is_built() -> bool:
@@ -25,7 +33,9 @@ def is_built() -> bool:
     return (SITE / "index.html").is_file() and (SITE / "index.html").stat().st_mtime > changed
 
 
-pytestmark = pytest.mark.skipif(not is_built(), reason="the site is not built, or is old: type `make site`")
+pytestmark = pytest.mark.skipif(
+    not is_built() and not os.environ.get("CI"), reason="the site is not built, or is old: type `make site`"
+)
 
 
 class Reader(HTMLParser):
@@ -107,6 +117,80 @@ def test_nothing_is_loaded_from_elsewhere_and_no_control_is_left_without_its_ker
         text = path.read_text(encoding="utf-8")
         assert "jupyter.widget" not in text
         assert text.count("draws controls") == len(re.findall(r'<span class="nd">@interact</span>', text)), path
+
+
+def test_a_cell_that_asks_for_a_view_is_found() -> None:
+    sources = [
+        "from minillama import visualize\nfrom minillama.visualize import attention as look, grid",
+        "def attention(q, k): ...\nattention(1, 2)\nself.attention(3)",
+        "visualize.attention(model, tokenizer, text)",
+        "look(model, tokenizer, text)\ngrid(numbers)",
+        "visualize.head_grid(numbers)",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    notebook.cells.append(nbformat.v4.new_markdown_cell("visualize.attention(model, tokenizer, text)"))
+    assert list(cells_that_ask(notebook)) == [2, 3]
+
+
+def test_nothing_in_the_state_of_a_view_ends_its_script() -> None:
+    state = {"_esm": "export default {}", "words": "</script><img src=x>", "_view_name": "AnyView"}
+    text = html({"state": state, "buffers": [{"path": ["maps"], "data": "AAEC", "encoding": "base64"}]})
+    assert text.count("</script>") == 1 and "<img" not in text and "_view_name" not in text
+
+
+def test_every_view_that_a_chapter_asks_for_is_drawn(page: Page, read: dict[Path, Reader]) -> None:
+    for notebook in sorted((ROOT / "chapters").glob("*.ipynb")):
+        asking = list(cells_that_ask(nbformat.read(notebook, as_version=4)))
+        name = notebook.relative_to(ROOT).with_suffix(".html")
+        scripts = re.findall('<script[^>]*class="live-view">.*?</script>', (SITE / name).read_text(encoding="utf-8"))
+        assert len(scripts) >= len(asking), name
+        assert max(map(len, scripts), default=0) < 300_000
+        if scripts:
+            visit(page, name.as_posix())
+            expect(page.locator(".live-view ~ div > *")).to_have_count(len(scripts))
+
+
+def test_the_attention_view_lives_without_a_kernel(page: Page) -> None:
+    visit(page, "chapters/11_looking_inside.html")
+    view = page.locator(".minillama-attention")
+    large = view.get_by_role("img")
+    seen = [large.evaluate(PIXELS)]
+    view.get_by_role("radio", name="layer 3, head 5", exact=True).click()
+    expect(view.get_by_role("heading", name="Layer 3, head 5")).to_be_visible()
+    seen.append(large.evaluate(PIXELS))
+    page.keyboard.press("ArrowUp")
+    expect(view.get_by_role("radio", name="layer 2, head 5", exact=True)).to_be_focused()
+    expect(view.get_by_role("heading", name="Layer 2, head 5")).to_be_visible()
+    seen.append(large.evaluate(PIXELS))
+    assert len(set(seen)) == 3
+    words = view.get_by_role("radiogroup", name="The token that looks").get_by_role("radio")
+    words.nth(5).click()
+    page.keyboard.press("ArrowDown")
+    expect(view.locator(".row").get_by_role("heading")).to_have_text(f"“{words.nth(6).inner_text()}” looks at")
+
+
+def test_the_attention_view_says_what_needs_a_kernel(page: Page) -> None:
+    visit(page, "chapters/11_looking_inside.html")
+    view = page.locator(".minillama-attention")
+    expect(view.get_by_text("Here no kernel runs")).to_be_visible()
+    expect(view.get_by_role("button")).to_have_count(0)
+    expect(view.get_by_role("columnheader", name="after")).to_be_visible()  # what was silenced in the notebook
+
+
+def test_the_stand_ins_of_a_view_are_folded(page: Page) -> None:
+    visit(page, "chapters/11_looking_inside.html")
+    stand_in = page.get_by_role("img", name="Attention over")
+    expect(stand_in).to_be_hidden()
+    page.get_by_text("The same as a picture and a table").first.click()
+    expect(stand_in).to_be_visible()
+
+
+def test_without_scripts_the_stand_ins_of_a_view_are_there(browser: Browser) -> None:
+    page = browser.new_page(java_script_enabled=False)
+    page.goto((SITE / "chapters" / "11_looking_inside.html").as_uri())
+    expect(page.get_by_role("img", name="Attention over")).to_be_visible()
+    expect(page.get_by_text("its strongest links").first).to_be_visible()
+    page.close()
 
 
 def test_every_picture_is_described(read: dict[Path, Reader]) -> None:
