@@ -43,8 +43,9 @@ notebooks: .venv/installed .venv/real-model ## run the notebooks again and store
 exercises: .venv/installed ## build the exercise notebooks from exercises/source
 	$(VENV) -m tests.notebooks.build_exercises
 
-site: .venv/installed .venv/site ## build the course as a web site in build/site
-	$(VENV) -m chapters.site
+# The live views' notebooks run in one thread, as in the tests.
+site: .venv/installed .venv/real-model .venv/site ## build the course as a web site in build/site
+	OMP_NUM_THREADS=1 $(VENV) -m chapters.site
 
 bench: .venv/installed .venv/real-model .venv/rival ## measure speed and memory (BENCH_FLAGS='…' adds flags)
 	$(VENV) -m tests.benchmarks $(BENCH_FLAGS)

@@ -356,7 +356,8 @@ def test_console_script_leads_to_a_function() -> None:
     assert callable(getattr(import_module(module), name))
 
 
-def test_ci_calls_make_test() -> None:
+def test_ci_builds_the_site_and_then_calls_make_test() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert "make test" in script.read_text(encoding="utf-8").splitlines()
+    lines = script.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("make ")] == ["make site", "make test"]
