@@ -23,6 +23,7 @@ class Batch:
     """`inputs` (B, T) int64, and `targets` (B, T) int64: what follows each input, or IGNORE where nothing is scored.
 
     `segments` (B, T) int64 where a row holds several texts: the number of its text for each token, -1 for padding.
+    A classifier's targets are the classes of the texts (N,).
     """
 
     inputs: Tensor

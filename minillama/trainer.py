@@ -223,7 +223,7 @@ class Trainer:
         unfinished = self.folder / "unfinished"
         for left in [unfinished, *self.folder.glob(".unfinished.*")]:  # by a run that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
-        save(self.model, self.tokenizer, unfinished)
+        self._write(unfinished)
         state = {
             "step": self.step,
             "settings": asdict(self.settings),
@@ -238,6 +238,19 @@ class Trainer:
         shutil.rmtree(finished, ignore_errors=True)
         unfinished.rename(finished)
         self._remove_old()
+
+    def _write(self, folder: Path) -> None:
+        """Write what is trained; what trains only a part of a model overrides this and the next."""
+        save(self.model, self.tokenizer, folder)
+
+    def _read(self, folder: Path) -> None:
+        saved, _ = load(folder, device=self.device)
+        if saved.config != self.model.config:
+            raise ValueError(
+                f"{self.folder} holds a model with {saved.config}, not {self.model.config}: "
+                f"go on with the same model, or choose another folder."
+            )
+        self.model.load_state_dict(saved.state_dict())
 
     def _remove_old(self) -> None:
         for old in checkpoints(self.folder)[:-2]:
@@ -271,13 +284,7 @@ class Trainer:
                     f"{self.folder} holds a run with {name} {state['settings'][name]}, not {value}: "
                     f"go on with the same settings, or choose another folder."
                 )
-        saved, _ = load(checkpoint, device=self.device)
-        if saved.config != self.model.config:
-            raise ValueError(
-                f"{self.folder} holds a model with {saved.config}, not {self.model.config}: "
-                f"go on with the same model, or choose another folder."
-            )
-        self.model.load_state_dict(saved.state_dict())
+        self._read(checkpoint)
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         torch.set_rng_state(state["random"].cpu())
