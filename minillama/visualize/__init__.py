@@ -6,6 +6,7 @@ from minillama.visualize.difference import first_difference
 from minillama.visualize.effects import ablation_effects
 from minillama.visualize.grid import grid, head_grid, lens_grid
 from minillama.visualize.heads import copying_scores, induction_scores, previous_word_scores, rollout
+from minillama.visualize.laboratory import rotary_laboratory, sampling_laboratory, softmax_laboratory
 from minillama.visualize.lens import attribution, logit_lens, residual_sizes
 from minillama.visualize.patching import patching
 from minillama.visualize.picture import picture
@@ -33,6 +34,9 @@ __all__ = [
     "record",
     "residual_sizes",
     "rollout",
+    "rotary_laboratory",
+    "sampling_laboratory",
+    "softmax_laboratory",
     "strongest_head",
     "surprises",
 ]

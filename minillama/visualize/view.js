@@ -72,8 +72,13 @@ function legend(values) {
   return make("div", { "aria-hidden": true }, make("div", { class: "legend" }), ticks);
 }
 
-/** A view of columns of parts, of a kind that has a style. JupyterLab would take the arrow keys for its own. */
+/** A view of columns of parts, of a kind that has a style. Keys without a modifier are its own: JupyterLab would take
+ * the arrows, Enter and letters for commands, also on a slider or a button. */
 function view(kind, ...columns) {
   const parts = columns.map((column) => make("div", { class: "column" }, ...column));
-  return make("div", { class: `minillama-view ${kind}`, "data-lm-suppress-shortcuts": true }, ...parts);
+  const root = make("div", { class: `minillama-view ${kind}` }, ...parts);
+  root.addEventListener("keydown", (event) => {
+    if (!event.ctrlKey && !event.metaKey && !event.altKey && !event.shiftKey) event.stopPropagation();
+  });
+  return root;
 }
