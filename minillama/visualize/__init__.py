@@ -8,6 +8,7 @@ from minillama.visualize.grid import grid, head_grid, lens_grid
 from minillama.visualize.heads import copying_scores, induction_scores, previous_word_scores, rollout
 from minillama.visualize.laboratory import rotary_laboratory, sampling_laboratory, softmax_laboratory
 from minillama.visualize.lens import attribution, logit_lens, residual_sizes
+from minillama.visualize.lens_widget import lens
 from minillama.visualize.patching import patching
 from minillama.visualize.picture import picture
 from minillama.visualize.record import ablate, attention_probabilities, head_means, record
@@ -26,6 +27,7 @@ __all__ = [
     "head_grid",
     "head_means",
     "induction_scores",
+    "lens",
     "lens_grid",
     "logit_lens",
     "patching",

@@ -3,6 +3,8 @@
 Letters: L layers, H heads, T tokens, V vocabulary.
 """
 
+from collections.abc import Collection, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -11,17 +13,26 @@ from minillama.visualize.record import record
 
 
 @torch.inference_mode()
+def at_each_depth(model: nn.Module, tokens: Tensor, depths: Collection[int] | None = None) -> Iterator[Tensor]:
+    """Log-probabilities (T, V) of the next token behind each of tokens (T,), one depth after the other, on the CPU.
+
+    depths: after how many layers the stream is read, 0 to L; None: each.
+    """
+    with record(model, "stream", layers=depths) as seen:
+        model(tokens[None].to(next(model.parameters()).device))
+    norm = anatomy(model).norm
+    weight = next(norm.parameters())
+    for x in seen.stream[:, 0]:
+        yield scores_of(model, norm(x.to(weight))).float().log_softmax(-1).cpu()
+
+
 def logit_lens(model: nn.Module, tokens: Tensor) -> Tensor:
     """Log-probabilities of the next token, if the layers after each were left out: tokens (T,) → (L + 1, T, V).
 
     The stream before the first layer and after each goes through the last norm and the output head. The last entry is
     what the model says. Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
-    with record(model, "stream") as seen:
-        model(tokens[None])
-    stream, norm = seen.stream[:, 0], anatomy(model).norm
-    weight = next(norm.parameters())
-    return scores_of(model, norm(stream.to(weight))).float().log_softmax(-1).cpu()
+    return torch.stack(list(at_each_depth(model, tokens)))
 
 
 @torch.inference_mode()

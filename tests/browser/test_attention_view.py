@@ -3,6 +3,7 @@
 import json
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,8 +24,8 @@ ACTIVE_CELL = "window.jupyterapp.shell.currentWidget.content.activeCellIndex"
 class View:
     """The page with the view in it, and what it asked for and complained of."""
 
-    def __init__(self, page: Page, folder: Path) -> None:
-        self.page, self.folder = page, folder
+    def __init__(self, page: Page, folder: Path, kind: str) -> None:
+        self.page, self.folder, self.kind = page, folder, kind
         self.addresses: list[str] = []
         self.complaints: list[str] = []
         page.on("request", lambda request: self.addresses.append(request.url))
@@ -34,7 +35,7 @@ class View:
 
     @property
     def root(self) -> Locator:
-        return self.page.locator(".minillama-attention")
+        return self.page.locator(f".{self.kind}")
 
     def open(self, lab: str, name: str, cells: list[nbformat.NotebookNode]) -> None:
         """Put a notebook into the course's folder, as a stranger's: not trusted; and open it."""
@@ -49,18 +50,48 @@ class View:
         self.page.goto(f"{address}/lab/tree/{name}?token={token}")
         self.page.wait_for_function(IDLE, timeout=60_000)
 
+    def shown(self, theme: str, width: int) -> None:
+        """Show it in a theme and a width, and see that nothing is cut off."""
+        self.page.set_viewport_size({"width": width, "height": 1000})
+        self.page.evaluate(f"{COMMANDS}.execute('apputils:change-theme', {{theme: '{theme}'}})")
+        self.page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
+        self.root.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(300)
+        self.screenshot(f"{theme.split()[1]}-{width}")
+        assert self.root.evaluate("root => root.scrollWidth - root.clientWidth") <= 1
+
+    def saved(self, lab: str) -> nbformat.NotebookNode:
+        """Save it, and open it as a stranger's, where nothing runs; returns the cell."""
+        cell = nbformat.from_dict(self.page.evaluate(CELLS)[0])
+        cell.metadata.pop("trusted", None)
+        assert len(json.dumps(cell.outputs)) < 300_000
+        self.open(lab, "stranger.ipynb", [cell])
+        expect(self.page.locator(".jp-RenderedImage img")).to_be_visible()
+        expect(self.page.get_by_text("Run this cell to click")).to_be_visible()
+        expect(self.root).to_have_count(0)
+        self.page.set_viewport_size({"width": 1280, "height": 1300})
+        self.screenshot("saved")
+        return cell
+
+    def asked_only_here(self) -> None:
+        places = {
+            urlsplit(address).hostname for address in self.addresses if not address.startswith(("data:", "blob:"))
+        }
+        assert places == {"localhost"}
+        assert self.complaints == []
+
     def screenshot(self, name: str = "page") -> Path:
         self.page.screenshot(path=self.folder / f"{name}.png")
         return self.folder / f"{name}.png"
 
 
-@pytest.fixture(scope="module")
-def run(lab: str, browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[View]:
+@contextmanager
+def running(browser: Browser, lab: str, folder: Path, code: str, kind: str) -> Iterator[View]:
+    """A notebook whose first cell shows a view of this kind."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    view = View(page, tmp_path_factory.mktemp("view"))
-    cells = [nbformat.v4.new_code_cell(CODE), nbformat.v4.new_markdown_cell("the end")]
+    view = View(page, folder, kind)
     try:
-        view.open(lab, "view.ipynb", cells)
+        view.open(lab, f"{kind}.ipynb", [nbformat.v4.new_code_cell(code), nbformat.v4.new_markdown_cell("the end")])
         page.evaluate(f"{COMMANDS}.execute('application:toggle-left-area')")
         page.evaluate(f"{COMMANDS}.execute('notebook:run-all-cells')")
         page.wait_for_function(f"{IDLE} && ({ALL_RAN} || {FAILED})", timeout=60_000)
@@ -69,6 +100,12 @@ def run(lab: str, browser: Browser, tmp_path_factory: pytest.TempPathFactory) ->
         raise AssertionError(f"{error}\nThe page: {view.screenshot()}") from error
     yield view
     page.close()
+
+
+@pytest.fixture(scope="module")
+def run(lab: str, browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[View]:
+    with running(browser, lab, tmp_path_factory.mktemp("view"), CODE, "minillama-attention") as view:
+        yield view
 
 
 def test_all_heads_are_there_and_one_is_chosen(run: View) -> None:
@@ -121,35 +158,18 @@ def test_a_silenced_head_changes_the_next_words(run: View) -> None:
 @pytest.mark.parametrize("width", [1280, 520])
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
 def test_nothing_is_cut_off_in_any_width_or_theme(run: View, theme: str, width: int) -> None:
-    run.page.set_viewport_size({"width": width, "height": 1000})
-    run.page.evaluate(f"{COMMANDS}.execute('apputils:change-theme', {{theme: '{theme}'}})")
-    run.page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
-    run.root.scroll_into_view_if_needed()
-    run.page.wait_for_timeout(300)
-    run.screenshot(f"{theme.split()[1]}-{width}")
-    wide = run.root.evaluate("root => root.scrollWidth - root.clientWidth")
-    assert wide <= 1
+    run.shown(theme, width)
 
 
 def test_saved_it_reads_well_where_nothing_runs(run: View, lab: str) -> None:
-    cell = nbformat.from_dict(run.page.evaluate(CELLS)[0])
-    cell.metadata.pop("trusted", None)
-    assert len(json.dumps(cell.outputs)) < 300_000
-    run.open(lab, "stranger.ipynb", [cell])
-    expect(run.page.locator(".jp-RenderedImage img")).to_be_visible()
+    cell = run.saved(lab)
     assert cell.outputs[0].metadata["image/png"]["alt"].startswith("Attention over ")
     expect(run.page.get_by_text("Attention over 25 tokens.")).to_be_visible()
     table = run.page.locator(".jp-RenderedHTMLCommon table").first
     expect(table).to_be_visible()
     expect(table).to_contain_text("is looked at")
     assert table.locator("td div").first.evaluate("bar => bar.clientHeight") == 5
-    expect(run.page.get_by_text("Run this cell to click")).to_be_visible()
-    expect(run.root).to_have_count(0)
-    run.page.set_viewport_size({"width": 1280, "height": 1300})
-    run.screenshot("saved")
 
 
 def test_nothing_is_asked_of_another_machine_and_no_error_is_logged(run: View) -> None:
-    places = {urlsplit(address).hostname for address in run.addresses if not address.startswith(("data:", "blob:"))}
-    assert places == {"localhost"}
-    assert run.complaints == []
+    run.asked_only_here()
