@@ -14,7 +14,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -42,7 +42,7 @@ _progress = partial(tqdm, disable=None, leave=False, dynamic_ncols=True)  # only
 # Scores, and how sure they are.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Score:
     """One number over n examples.
 
@@ -50,8 +50,8 @@ class Score:
     signature: the settings of the library that made it, to be stated with the number.
     """
 
-    statistics: np.ndarray = field(repr=False)
-    of_sums: Callable[[np.ndarray], np.ndarray] = field(repr=False)
+    statistics: np.ndarray
+    of_sums: Callable[[np.ndarray], np.ndarray]
     signature: str = ""
 
     def __post_init__(self) -> None:
@@ -66,6 +66,9 @@ class Score:
     def __len__(self) -> int:
         """The number of examples."""
         return len(self.statistics)
+
+    def __repr__(self) -> str:
+        return f"Score({self.value:.4f}, {len(self)} examples)"
 
 
 class Interval(NamedTuple):
@@ -257,15 +260,15 @@ def _library(module: str, score: str) -> Any:
 # Perplexity.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Perplexity:
     """How surprised a model is by a text.
 
     losses (N,) fp32: -log p of each token, in nats. sizes (N,) int64: the bytes of the text that each token brings.
     """
 
-    losses: Tensor = field(repr=False)
-    sizes: Tensor = field(repr=False)
+    losses: Tensor
+    sizes: Tensor
 
     @property
     def nats(self) -> float:
@@ -291,6 +294,9 @@ class Perplexity:
     def bits_per_byte(self) -> float:
         """Bits that the text would take, packed with this model, per byte: comparable whatever the tokenizer."""
         return self.nats / math.log(2) / self.bytes
+
+    def __repr__(self) -> str:
+        return f"Perplexity({self.nats:.4f} nats, {self.tokens} tokens, {self.bytes} bytes)"
 
     def blocks(self, size: int = 1000) -> "list[Perplexity]":
         """Parts of `size` bytes of the text, about: a token belongs to the part in which it ends. They are the same
@@ -339,7 +345,7 @@ def sliding_losses(model: Llama, ids: Sequence[int], *, window: int | None = Non
     tokens, last = torch.tensor(list(ids)), len(ids) - 1
     ends = [min(window, last), *(min(end + stride, last) for end in range(window, last, stride))]
     losses, done = [], 0
-    for end in _progress(ends, desc="reading", unit="window"):
+    for end in _progress(ends, desc="reading", unit="window", delay=1):
         begin = max(0, end - window)
         x = model.hidden(tokens[None, begin:end].to(model.norm.weight.device))[0, done - begin :]
         losses.append(_losses(model, x, tokens[done + 1 : end + 1]))
@@ -376,6 +382,17 @@ def perplexity_scores(parts: Sequence[Perplexity]) -> dict[str, Score]:
         "bits_per_byte": Score(sums, lambda sums: sums[:, 0] / sums[:, 2] / math.log(2)),
         "perplexity": Score(sums, lambda sums: np.exp(sums[:, 0] / sums[:, 1])),
     }
+
+
+def story_perplexities(
+    model: Llama, tokenizer: Tokenizer, *, count: int = 200, seed: int = 0, heldout: bool = False
+) -> list[Perplexity]:
+    """How surprised a model is by each of `count` new stories of the toy world, for `perplexity_scores`."""
+    if count < 1:
+        raise ValueError(f"count is {count}, expected at least 1.")
+    rng = random.Random(f"evaluation:{seed}")
+    stories = [world.sample(rng, heldout).text for _ in range(count)]
+    return [perplexity(model, tokenizer, story) for story in _progress(stories, desc="reading", unit="story")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
