@@ -434,7 +434,7 @@ def read_questions(path: str | Path) -> list[Question]:
                 if len(line) > MAX_LINE_BYTES:
                     raise ValueError(f"it has more than {MAX_LINE_BYTES} bytes: give each question a line of its own")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
+                if text := text.rstrip():
                     questions.append(_question(json.loads(text)))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}.") from None
