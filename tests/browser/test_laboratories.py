@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 import torch
 from playwright.sync_api import Browser, Locator, Page, expect
@@ -16,8 +15,7 @@ from minillama.generation import Sampling
 from minillama.visualize import rotary_laboratory, sampling_laboratory, softmax_laboratory
 from minillama.visualize.laboratory import hands, narrow, soften
 from minillama.visualize.view import sources
-from tests.browser.test_attention_view import ACTIVE_CELL, View
-from tests.browser.test_lab import ALL_RAN, COMMANDS, FAILED, IDLE
+from tests.browser.test_attention_view import ACTIVE_CELL, running
 
 PAGE = '<!doctype html><html lang="en"><meta name="color-scheme" content="light dark"><title>x</title><style>{}</style>'
 IMPORT = "window.load ??= script => import(URL.createObjectURL(new Blob([script], {type: 'text/javascript'})))"
@@ -245,19 +243,13 @@ def test_no_error_is_logged_and_nothing_is_asked_for(page: Page) -> None:
 
 
 def test_in_jupyterlab_the_keys_move_a_dial_and_not_the_notebook(lab: str, browser: Browser, tmp_path: Path) -> None:
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    view = View(page, tmp_path)
     code = "from minillama.visualize import rotary_laboratory\nrotary_laboratory()"
-    view.open(lab, "dials.ipynb", [nbformat.v4.new_code_cell(code), nbformat.v4.new_markdown_cell("the end")])
-    page.evaluate(f"{COMMANDS}.execute('notebook:run-all-cells')")
-    page.wait_for_function(f"{IDLE} && ({ALL_RAN} || {FAILED})", timeout=60_000)
-    root = page.locator(".minillama-laboratory")
-    expect(root.get_by_role("status")).to_contain_text("distance 20")
-    root.get_by_label("query's position").press("ArrowUp")
-    expect(root.get_by_role("status")).to_contain_text("distance 21")
-    root.get_by_role("radio", name="pair 2").press("ArrowDown")
-    root.get_by_role("radio", name="pair 2").press("ArrowLeft")
-    expect(root.get_by_role("status")).to_contain_text("Pair 1 turns by")
-    assert page.evaluate(ACTIVE_CELL) == 0
-    assert view.complaints == []
-    page.close()
+    with running(browser, lab, tmp_path, code, "minillama-laboratory") as view:
+        status = view.root.get_by_role("status")
+        expect(status).to_contain_text("distance 20")
+        view.root.get_by_label("query's position").press("ArrowUp")
+        expect(status).to_contain_text("distance 21")
+        view.root.get_by_role("radio", name="pair 2").press("ArrowLeft")
+        expect(status).to_contain_text("Pair 1 turns by")
+        assert view.page.evaluate(ACTIVE_CELL) == 0
+        view.asked_only_here()
