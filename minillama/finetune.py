@@ -117,14 +117,18 @@ def chat_row(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], contex
     """A chat as `tokenizer.chat` writes it, with what the assistant says as targets: its words and its end of turn.
 
     What stands before each answer are the tokens that the model is given when it is to answer; what follows the last
-    answer is left out. Raises ValueError if there is no answer, if the row has more than `context` tokens, and if an
-    answer's beginning melts into a token of the prompt, so that no model could be asked for it.
+    answer is left out. Raises ValueError if the assistant does not have the last word, if the row has more than
+    `context` tokens, and if an answer's beginning melts into a token of the prompt, so that no model could be asked
+    for it.
     """
     ids = tokenizer.chat(messages, reply=False)
+    if (role := messages[-1]["role"]) != "assistant":
+        raise ValueError(f"the last message is from the {role}, expected one from the assistant: there is no answer")
+    while ids[-1] not in tokenizer.stop_ids:  # a line break, which nobody has to write
+        ids.pop()
     if context is not None and len(ids) - 1 > context:
         raise ValueError(f"the chat has {len(ids) - 1} tokens, expected at most {context}: shorten it or leave it out")
     scored = [False] * len(ids)
-    end = 0
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -136,10 +140,8 @@ def chat_row(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], contex
             )
         end = next(i for i in range(start, len(ids)) if ids[i] in tokenizer.stop_ids) + 1
         scored[start:end] = [True] * (end - start)
-    if not end:
-        raise ValueError("the chat has no message from the assistant, so there is nothing to learn from it")
-    tokens = torch.tensor(ids[:end], dtype=torch.int32)
-    targets = tokens.masked_fill(~torch.tensor(scored[:end]), IGNORE)
+    tokens = torch.tensor(ids, dtype=torch.int32)
+    targets = tokens.masked_fill(~torch.tensor(scored), IGNORE)
     return Row(tokens[:-1], targets[1:])
 
 

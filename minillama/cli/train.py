@@ -94,7 +94,7 @@ def train(
         data, content = "stories", batches(0).inputs
     out = out or Path("runs") / preset
     digest = hashlib.sha256(content.numpy().tobytes()).hexdigest()[:8]  # of the text and the tokenizer
-    _claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": f"{data} {digest}"})
+    claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": f"{data} {digest}"})
 
     torch.manual_seed(seed)
     model = Llama(replace(config, vocab_size=words.vocab_size)).to(place)
@@ -159,7 +159,7 @@ def _read(
     return tokenizer, batches, validation, tokenizer.decode(held[:10].tolist())
 
 
-def _claim(folder: Path, run: dict[str, Any]) -> None:
+def claim(folder: Path, run: dict[str, Any]) -> None:
     """Note in the folder what is trained in it. Raises ValueError, and writes nothing, if it holds anything else."""
     note = folder / "run.json"
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
@@ -171,7 +171,7 @@ def _claim(folder: Path, run: dict[str, Any]) -> None:
     try:
         found = dict(json.loads(note.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise ValueError(f"{folder} is there and holds no run of `minillama train`: choose another --out.") from None
+        raise ValueError(f"{folder} is there and holds no run of ours: choose another --out.") from None
     for name, value in run.items():
         if found.get(name) != value:
             raise ValueError(

@@ -5,13 +5,19 @@ import itertools
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minillama.cli.app import Device, app, complain, from_utf8, load_checkpoint, option
 
+if TYPE_CHECKING:
+    from minillama.model import Llama
+    from minillama.tokenizer import Tokenizer
+
 Checkpoint = Annotated[str, option("Model", "toy, smollm2, a folder or a .gguf file.")]
+Adapter = Annotated[Path | None, option("Model", "A folder with a LoRA adapter for it.", show_default=False)]
 Dtype = Annotated[str, option("Model", "float32, bfloat16, float16, int8 or int4.")]
 TEMPERATURE = "0: the likeliest token; 1: as the model thinks."
 TopK = Annotated[int | None, option("Choosing", "Only the K likeliest tokens.")]
@@ -27,6 +33,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to go on with; - reads standard input.")] = None,
     checkpoint: Checkpoint = "toy",
     device: Device = None,
+    adapter: Adapter = None,
     dtype: Dtype = "float32",
     max_new_tokens: Annotated[int, option("Writing", "Tokens to write at most.")] = 200,
     count: Annotated[int, option("Writing", "Texts to write.", min=1)] = 1,
@@ -53,7 +60,7 @@ def generate(
     if prompt == "-" or prompt is None and not sys.stdin.isatty():
         prompt = from_utf8(sys.stdin.buffer.read(), "standard input").removesuffix("\n").removesuffix("\r")
     prompt = prompt or ""
-    model, tokenizer = load_checkpoint(checkpoint, device, dtype)
+    model, tokenizer = _load(checkpoint, adapter, device, dtype)
     from minillama import generate
 
     if temperature is None:
@@ -74,6 +81,15 @@ def generate(
             print(_verdict(text))
 
 
+def _load(checkpoint: str, adapter: Path | None, device: str | None, dtype: str) -> "tuple[Llama, Tokenizer]":
+    model, tokenizer = load_checkpoint(checkpoint, device, dtype)
+    if adapter is not None:
+        from minillama.finetune import load_adapter, merge
+
+        merge(load_adapter(model, adapter))
+    return model, tokenizer
+
+
 def _verdict(story: str) -> str:
     from minillama import world
 
@@ -87,6 +103,7 @@ def _verdict(story: str) -> str:
 def chat(
     checkpoint: Checkpoint = "smollm2",
     device: Device = None,
+    adapter: Adapter = None,
     dtype: Dtype = "float32",
     system: Annotated[str | None, option("Writing", "What to tell the model before the talk begins.")] = None,
     max_new_tokens: Annotated[int, option("Writing", "Tokens in an answer at most.")] = 512,
@@ -105,9 +122,12 @@ def chat(
       minillama chat --system "You answer in one sentence." --temperature 0.7
       echo "What is the capital of France?" | minillama chat
     """
-    if checkpoint == "toy":
-        raise ValueError("the toy only tells stories, nobody taught it to chat: take `--checkpoint smollm2`.")
-    model, tokenizer = load_checkpoint(checkpoint, device, dtype)
+    if checkpoint == "toy" and adapter is None:
+        raise ValueError(
+            "the toy only tells stories, nobody taught it to chat: take `--checkpoint smollm2`, or teach it with "
+            "`minillama finetune`."
+        )
+    model, tokenizer = _load(checkpoint, adapter, device, dtype)
     from minillama import generate
 
     write = partial(

@@ -15,7 +15,9 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 2e-5  # of the largest value
-CONFIG = ModelConfig(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=10, ffn_dim=56, vocab_size=37, max_seq_len=64)
+CONFIG = ModelConfig(
+    dim=48, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=10, ffn_dim=56, vocab_size=37, max_seq_len=64
+)
 TOKENS = torch.randint(37, (2, 23), generator=torch.Generator().manual_seed(3))
 some = pytest.mark.parametrize("targets", [["wq", "wv"], ["wk", "down"], list(TARGETS)], ids="+".join)
 
@@ -104,7 +106,10 @@ def test_gradients_are_those_of_peft(folder, tmp_path):
         (other(TOKENS).logits * weight).sum().backward()
     for i, block in enumerate(model.blocks):
         layer = other.base_model.model.model.layers[i]
-        for mine, expected in ((block.attention.wv, layer.self_attn.v_proj), (block.feedforward.down, layer.mlp.down_proj)):
+        for mine, expected in (
+            (block.attention.wv, layer.self_attn.v_proj),
+            (block.feedforward.down, layer.mlp.down_proj),
+        ):
             assert difference(mine.a.grad, expected.lora_A.default.weight.grad) <= TOLERANCE
             assert difference(mine.b.grad, expected.lora_B.default.weight.grad) <= TOLERANCE
             assert mine.weight.grad is None
