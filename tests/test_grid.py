@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillama.visualize import grid, head_grid, lens_grid
+from minillama.visualize import grid, head_grid
 from minillama.visualize.grid import BLUE, ORANGE, STRONGEST
 
 
@@ -74,11 +74,8 @@ def test_text_stays_readable_on_the_strongest_colours():
             assert (high + 0.05) / (low + 0.05) >= 4.5, (paper, colour)
 
 
-def test_heads_and_the_lens():
+def test_heads_have_a_row_for_each_layer():
     assert Page(head_grid(torch.rand(2, 3), "scores")._repr_html_()).titles[4].startswith("layer 1, head 1: ")
-    lens = torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.5, 0.5], [0.0, 1.0]]]).log()
-    page = Page(lens_grid(lens, ["the", "cat"], ["A", "B"], "lens")._repr_html_())
-    assert page.cells == ["A", "B", "A", "B"] and page.titles[3] == "after layer 0, cat: 1.00"
 
 
 def test_a_picture_of_it_has_its_content_in_words():

@@ -1,6 +1,7 @@
 """Recorders and what is made of them: the same for our model and transformers', equal to what is worked out by hand."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from minillama.visualize.effects import ablation_effects
 from minillama.visualize.heads import copying_scores, induction_scores, previous_word_scores, rollout
 from minillama.visualize.lens import attribution, logit_lens, residual_sizes
 from minillama.visualize.patching import patching
-from minillama.visualize.surprise import surprises
+from minillama.visualize.surprise import Surprises, surprises
 from tests.benchmarks.decode import with_transformers
 
 CONFIG = ModelConfig(
@@ -289,6 +290,13 @@ def test_surprises_add_up_to_the_models_loss_and_to_the_worlds_probability(toy, 
     ids = torch.tensor([tokenizer.encode(story.text, bos=True, eos=True)])
     expected = torch.nn.functional.cross_entropy(logits_of(model, ids[:, :-1])[0], ids[0, 1:], reduction="sum")
     assert seen.model.sum().item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_a_word_that_costs_much_does_not_hide_the_others():
+    seen = Surprises(["a", "b", "c"], torch.tensor([20.0, 3.0, -1e-8]), torch.zeros(3))
+    colours = re.findall(r"rgba\([\d,]*,([\d.]+)\)", seen._repr_html_())
+    assert colours == ["0.60", "0.45", "0.00"] and "-0.00" not in seen._repr_html_()
+    assert repr(seen).startswith("23.0 nats by the model, 0.0 in the world.") and "“a” +20.0, “b” +3.0" in repr(seen)
 
 
 def test_a_contradicted_fact_is_a_fault_and_a_page_shows_every_word_with_its_numbers(toy):

@@ -4,7 +4,7 @@ from minillama.visualize.attention_map import attention_figure, strongest_head
 from minillama.visualize.attention_widget import attention
 from minillama.visualize.difference import first_difference
 from minillama.visualize.effects import ablation_effects
-from minillama.visualize.grid import grid, head_grid, lens_grid
+from minillama.visualize.grid import grid, head_grid
 from minillama.visualize.heads import copying_scores, induction_scores, previous_word_scores, rollout
 from minillama.visualize.laboratory import rotary_laboratory, sampling_laboratory, softmax_laboratory
 from minillama.visualize.lens import attribution, logit_lens, residual_sizes
@@ -28,7 +28,6 @@ __all__ = [
     "head_means",
     "induction_scores",
     "lens",
-    "lens_grid",
     "logit_lens",
     "patching",
     "picture",

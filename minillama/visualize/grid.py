@@ -102,18 +102,6 @@ def head_grid(values: Tensor, title: str) -> Grid:
     )
 
 
-def lens_grid(lens: Tensor, pieces: Sequence[str], names: Sequence[str], title: str) -> Grid:
-    """The likeliest next word after each layer, behind each token, coloured by its probability.
-
-    lens (L + 1, T, V), from `logit_lens`; pieces: the T tokens as text; names: the V tokens of the vocabulary.
-    """
-    best, words = lens.exp().max(-1)  # (L + 1, T)
-    rows = ["embedding", *(f"after layer {i}" for i in range(len(lens) - 1))]
-    return grid(
-        best, rows=rows, columns=pieces, title=title, words=[[names[i] for i in row] for row in words.tolist()]
-    )
-
-
 def colour(value: float, largest: float) -> str:
     """Blue for a number above zero, orange below, the stronger the nearer it is to the largest; grey if not finite."""
     if not math.isfinite(value):

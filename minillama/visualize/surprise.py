@@ -11,6 +11,8 @@ from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 from minillama.visualize.grid import colour
 
+STRONGEST = 4.0  # nats, from which on no colour is stronger: one word that costs twenty does not hide the others
+
 
 class Surprises(NamedTuple):
     """Nats of every token of a story, without BOS and with EOS: by the model, and as the world is (both (T,))."""
@@ -25,16 +27,25 @@ class Surprises(NamedTuple):
         and there above zero; for a single token it may be below, when the model happened to bet on what came."""
         return self.model - self.world
 
+    def __repr__(self) -> str:
+        dear = ", ".join(f"“{self.pieces[i]}” {self.excess[i]:+.1f}" for i in self.excess.topk(3).indices.tolist())
+        return f"{self._sums} Dearest, against the world: {dear}."
+
+    @property
+    def _sums(self) -> str:
+        return f"{self.model.sum():.1f} nats by the model, {self.world.sum():.1f} in the world."
+
     def _repr_html_(self) -> str:
-        largest = max(self.excess.abs().max().item(), 0.3)
+        largest = min(max(self.excess.abs().max().item(), 0.3), STRONGEST)
+        numbers = (x.tolist() for x in (self.excess.clamp(-largest, largest), self.model.clamp(min=0), self.world))
         spans = [
             f'<span title="model {ours:.2f}, world {true:.2f} nats" style="white-space:pre-wrap;'
-            f'background-color:{colour(ours - true, largest)}">{html.escape(piece)}</span>'
-            for piece, ours, true in zip(self.pieces, self.model.tolist(), self.world.tolist(), strict=True)
+            f'background-color:{colour(over, largest)}">{html.escape(piece)}</span>'
+            for piece, over, ours, true in zip(self.pieces, *numbers, strict=True)
         ]
         said = (
-            f"{self.model.sum():.1f} nats by the model, {self.world.sum():.1f} in the world. Blue: the model pays more "
-            "than it must; orange: less. Rest the pointer on a word for its numbers."
+            f"{self._sums} Blue: the model pays more than it must; orange: less. Rest the pointer on a word for its "
+            "numbers."
         )
         return f'<div style="line-height:1.7">{"".join(spans)}<br><small>{html.escape(said)}</small></div>'
 
