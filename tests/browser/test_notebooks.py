@@ -22,7 +22,9 @@ CHAPTERS = [f"chapters/{path.name}" for path in sorted((ROOT / "chapters").glob(
 SOLUTIONS = [f"exercises/solutions/{path.name}" for path in sorted((ROOT / "exercises" / "solutions").glob("*.ipynb"))]
 NOTEBOOKS = [*CHAPTERS, *SOLUTIONS] if ALL else ["chapters/07_model.ipynb"]
 TEXT = "element => element.innerHTML"
-WIDGET = ".jupyter-widgets.widget-interact"
+AT_THE_END = """handle => handle.matches("input") ? handle.value === handle.max :
+    handle.getAttribute("aria-valuenow") === handle.getAttribute("aria-valuemax")"""
+WIDGET = ".jupyter-widgets.widget-interact, .minillama-laboratory"
 
 
 @dataclass
@@ -99,14 +101,15 @@ def move_every_control(opened: Opened) -> None:
     page = opened.page
     for widget in page.locator(WIDGET).all():
         widget.scroll_into_view_if_needed()
-        shown = widget.locator(".jp-OutputArea").first
-        for control in [*widget.locator(".noUi-handle").all(), *widget.locator("select").all()]:
+        areas = widget.locator(".jp-OutputArea")  # what `interact` draws into; a laboratory says what it shows
+        shown = areas.first if areas.count() else widget.get_by_role("status")
+        for control in [*widget.locator(".noUi-handle, input[type=range]").all(), *widget.locator("select").all()]:
             before = shown.evaluate(TEXT)
             if control.evaluate("element => element.tagName") == "SELECT":
                 entries = control.locator("option").evaluate_all("all => all.map(option => option.value)")
                 control.select_option(entries[-1 if control.input_value() != entries[-1] else 0])
             else:
-                at_the_end = control.get_attribute("aria-valuenow") == control.get_attribute("aria-valuemax")
+                at_the_end = control.evaluate(AT_THE_END)
                 control.press("ArrowLeft" if at_the_end else "ArrowRight")
             handle = shown.element_handle()
             page.wait_for_function(
