@@ -235,6 +235,8 @@ BLEU = Exercise(
         Wrong("capital letters are made small: tokens are compared as they are.",
               _bleu_as(grams=lambda words, n: _grams([word.lower() for word in words], n))),
         Wrong("these are shares from 0 to 1, expected 0 to 100.", _then(_bleu, lambda score: score / 100)),
+        Wrong("the score is rounded to the two digits that are printed: return all of them.",
+              _then(_bleu, lambda score: round(score, 2))),
         Wrong("answers and references are exchanged: the first argument is judged.",
               lambda answers, references: _bleu(references, answers)),
     ),
@@ -603,7 +605,7 @@ WINDOWS = Exercise(
               _planned(_last_holder)),
         Wrong("one token is left out where a window goes on: it begins to score where the one before has ended.",
               _planned(lambda plan, length, window, stride: plan[:1] + _windows_of(
-                  plan[1:], lambda begin, end, first: first + 1), mean=lambda nats, plan: _mean(nats, plan))),
+                  plan[1:], lambda begin, end, first: first + 1))),
         Wrong("one token is counted twice where a window goes on: the one before has scored it.",
               _planned(lambda plan, length, window, stride: plan[:1] + _windows_of(
                   plan[1:], lambda begin, end, first: first - 1))),
@@ -625,9 +627,9 @@ WINDOWS = Exercise(
               _sliding_as(mean=lambda nats, plan: math.exp(_mean(nats, plan)))),
         Wrong("all surprises come from a window that begins with the text: after `window` tokens there is none.",
               _sliding_as(mean=lambda nats, plan: nats[0, 1:].mean().item())),
-        Wrong("the first and the last of the three are right, but the loss is taken one token too early in each row.",
+        Wrong("the plan is right, but the surprises are taken one place too early: nats[b, t] is that of token t.",
               _sliding_as(mean=lambda nats, plan: torch.cat([nats[b, first - 1 : end - 1] for b, end, first in plan]
-                                                            ).nanmean().item())),
+                                                            ).mean().item())),
         Wrong("a stride as large as the window is not refused: the first token of a window has nothing before it "
               "there, and would never be scored.", _loosely),
         Wrong("a stride as large as the window passes, and only larger ones are refused: there the first token of a "
