@@ -24,7 +24,7 @@ def finetune(
     ] = None,
     data: Annotated[Path | None, option("Data", "Chats of your own, a file in JSON lines.")] = None,
     task: Annotated[
-        str | None, option("Data", "Instead: mood, question, summary, translation or story, or all of them.")
+        str | None, option("Data", "Or the toy world's: mood, question, summary, translation, story; left out: all.")
     ] = None,
     lora: Annotated[int | None, option("LoRA", "Train corrections of this rank only; left out: all weights.")] = None,
     alpha: Annotated[float | None, option("LoRA", "They count alpha / rank times; left out: twice the rank.")] = None,
@@ -47,13 +47,16 @@ def finetune(
     goes on from there. Losses are in nats per token of the answers.
 
     [bold]Examples[/bold]
-      minillama finetune --task mood
+      minillama finetune
+      minillama finetune --task mood --steps 300
       minillama finetune --checkpoint smollm2 --data chats.jsonl --lora 8
       minillama chat --checkpoint smollm2 --adapter runs/smollm2-chats-lora/step-500
     """
-    if (data is None) == (task is None):
-        given = "neither is there" if data is None else "both are there"
-        raise ValueError(f"give --data or --task to learn from, one of the two: {given}.")
+    if data is not None and task is not None:
+        raise ValueError(
+            f"--data is {data} and --task is {task}, but a run learns from one of them: leave the other out."
+        )
+    task = task or ("all" if data is None else None)
     for name, value in (("--alpha", alpha), ("--targets", targets)):
         if value is not None and lora is None:
             raise ValueError(
