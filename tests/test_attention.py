@@ -126,7 +126,7 @@ def test_for_one_new_token_keys_and_values_are_not_copied_for_each_head(kv_heads
 
 @PATHS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("time", [7, 1])
+@pytest.mark.parametrize("time", [7, 1, 300])
 @pytest.mark.parametrize("training", [True, False])
 def test_low_precision_stays_near_fp32(fast, dtype, time, training):
     attention, (x, turn) = layer(fast=fast), inputs(2, time)
