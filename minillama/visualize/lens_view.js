@@ -59,7 +59,8 @@ async function render({ model, el }) {
   });
   const listed = words.slice(0, followed);
   const box = make("input", { type: "text", list: `${group}-words`, "aria-label": "The word to follow", size: 12 });
-  const list = make("datalist", { id: `${group}-words` }, ...[...new Set(listed)].map((piece) => make("option", { value: piece })));
+  const options = [...new Set(listed)].map((piece) => make("option", { value: piece }));
+  const list = make("datalist", { id: `${group}-words` }, ...options);
   const status = make("p", { role: "status" });
   choices[2].append(":");
   const follow = (number) => { word = number; by = "word"; paint(); };
@@ -67,10 +68,12 @@ async function render({ model, el }) {
     const asked = box.value.trim();
     const found = [asked, `▁${asked}`].map((piece) => listed.indexOf(piece)).find((number) => number >= 0);
     if (found !== undefined) return follow(found);
-    status.textContent = `“${asked}” is none of the ${listed.length} words stored here, the likeliest ones and the text’s own.`;
+    status.textContent =
+      `“${asked}” is none of the ${listed.length} words stored here, the likeliest ones and the text’s own.`;
   });
   const controls = make("div", { class: "controls", role: "radiogroup", "aria-label": "The colour shows" },
-    make("span", { "aria-hidden": true }, "Colour:"), choices[0], choices[1], make("div", { class: "choice" }, choices[2], box, list), choices[3]);
+    make("span", { "aria-hidden": true }, "Colour:"), choices[0], choices[1],
+    make("div", { class: "choice" }, choices[2], box, list), choices[3]);
 
   // The map: a row for each depth, a column for each token, between the text and the text moved on by one.
   const map = make("div", {
@@ -112,10 +115,12 @@ async function render({ model, el }) {
       buttons[i] = [button, number];
       return [button, row];
     });
+    const [at, of] = [rank[place], vocabulary].map((number) => number.toLocaleString("en"));
     const own = rank[place] ? make("p", {}, "The text goes on with ", quoted(words[text[t]]),
-      `: ${digits(way(text[t], place))}, place ${rank[place].toLocaleString("en")} of ${vocabulary.toLocaleString("en")}.`) : "";
+      `: ${digits(way(text[t], place))}, place ${at} of ${of}.`) : "";
+    const row = rows[place / count | 0];
     here.replaceChildren(
-      make("h4", {}, `${rows[place / count | 0]}, behind `.replace(/^./, (letter) => letter.toUpperCase()), quoted(pieces[t])),
+      make("h4", {}, `${row[0].toUpperCase()}${row.slice(1)}, behind `, quoted(pieces[t])),
       own, make("p", {}, `Entropy ${nats(entropy[place] / 1000)}; all words alike would be ${nats(largest)}.`),
       table(["likeliest", "probability"], list));
     paint();
@@ -130,7 +135,8 @@ async function render({ model, el }) {
       cell.style.background = bright === null ? "none" : `rgb(${colourAt(bright).map(Math.round)})`;
       cell.style.color = bright === null ? "inherit" : bright > 0.48 ? "#000" : "#fff";
       cell.title = `${rows[at / count | 0]}, behind “${pieces[at % count]}”: ${said(at)}`;
-      cell.setAttribute("aria-label", `${cell.title}, likeliest “${best(at)}”${rank[at] === 1 ? ", as the text goes on" : ""}`);
+      const right = rank[at] === 1 ? ", as the text goes on" : "";
+      cell.setAttribute("aria-label", `${cell.title}, likeliest “${best(at)}”${right}`);
     });
     choices.forEach((choice) => { choice.firstChild.checked = choice.firstChild.value === by; });
     box.value = words[word];
@@ -138,7 +144,10 @@ async function render({ model, el }) {
     scale.replaceChildren(legend(scales[by] ?? ["0", "6", "25", "56", "100 %"]));
     buttons.forEach(([button, number]) => button.setAttribute("aria-pressed", by === "word" && number === word));
     const t = place % count;
-    const what = { best: "The likeliest word", entropy: "Entropy", text: quoted(words[text[t]] ?? "?"), word: quoted(words[word]) };
+    const what = {
+      best: "The likeliest word", entropy: "Entropy", text: quoted(words[text[t]] ?? "?"), word: quoted(words[word]),
+    };
+    const columns = by === "best" ? ["", "word", "probability"] : ["", by === "entropy" ? "entropy" : "probability"];
     const list = rows.map((row, r) => {
       const at = r * count + t;
       const end = value(at) === null ? make("td", {}) : bar(value(at), said(at));
@@ -146,12 +155,12 @@ async function render({ model, el }) {
       return by === "best" ? [name, make("td", { class: "piece" }, best(at)), end] : [name, end];
     });
     column.replaceChildren(make("h4", {}, what[by], " behind ", quoted(pieces[t])),
-      make("div", { class: "scroll" }, table(by === "best" ? ["", "word", "probability"] : ["", by === "entropy" ? "entropy" : "probability"], list)));
+      make("div", { class: "scroll" }, table(columns, list)));
   }
 
   el.append(view("minillama-lens",
-    [part(make("h4", {}, "What would come next, if the rest of the layers were left out"), about(page.shown), controls, status, scale,
-      scroll, about("Underlined: what the text says next."))],
+    [part(make("h4", {}, "What would come next, if the rest of the layers were left out"), about(page.shown), controls,
+      status, scale, scroll, about("Underlined: what the text says next."))],
     [part(here)], [part(column)]));
   show();
   requestAnimationFrame(() => { scroll.scrollTo(scroll.scrollWidth, scroll.scrollHeight); }); // once it has a size
