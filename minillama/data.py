@@ -5,10 +5,13 @@ alone, so a run that stops and goes on sees what it would have seen without the 
 """
 
 import functools
+import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +19,9 @@ from torch import Tensor
 from minillama import world
 from minillama.loss import IGNORE
 from minillama.tokenizer import Tokenizer
+
+MAX_LINE_BYTES = 2**24  # of a file of JSON lines: a context of a million tokens fits
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -119,3 +125,28 @@ def story_validation(
     batches = [stack(rows[i : i + batch_size], tokenizer.pad_id) for i in range(0, stories, batch_size)]
     nats = -math.fsum(story.log_prob for story in drawn)
     return Validation(batches, nats / sum(batch.scored for batch in batches))
+
+
+def json_lines(path: str | Path, parse: Callable[[Any], Value]) -> Iterator[tuple[int, Value]]:
+    """The lines of a file, each a JSON value, as (its number from 1, what `parse` makes of it), one at a time.
+
+    Empty lines are skipped. Raises ValueError that names the line of what is not UTF-8, not JSON, longer than
+    MAX_LINE_BYTES, or refused by `parse` with a ValueError.
+    """
+    number = 0
+    with open(path, "rb") as file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            try:
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"it has more than {MAX_LINE_BYTES} bytes: give each entry a line of its own")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+                if text:
+                    yield number, parse(json.loads(text))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}.") from None
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                raise ValueError(f"{path}, line {number} is not UTF-8: byte {error.start} is {byte:#04x}.") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {str(error).rstrip('.')}.") from None

@@ -7,7 +7,6 @@ Top to bottom: scores and their intervals, texts against references, perplexity,
 """
 
 import importlib
-import json
 import math
 import random
 import re
@@ -28,12 +27,13 @@ from tqdm import tqdm
 
 from minillama import world
 from minillama.cache import KVCache
+from minillama.data import json_lines
+from minillama.finetune import task_chat
 from minillama.generation import generate
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
 KINDS = ("mood", "question", "summary", "translation")  # tasks of the toy world that have one right answer
-MAX_LINE_BYTES = 2**24  # of a file of questions
 SCORED_AT_ONCE = 512  # positions whose logits are held: with 128,000 tokens to choose from, 260 MB
 _progress = partial(tqdm, disable=None, leave=False, dynamic_ncols=True)  # only where somebody looks on
 
@@ -426,23 +426,7 @@ def read_questions(path: str | Path) -> list[Question]:
     Empty lines are skipped; what else an object holds is left aside. Raises ValueError that names the line of anything
     else, and for a file without questions.
     """
-    questions, number = [], 0
-    with open(path, "rb") as file:
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            try:
-                if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(f"it has more than {MAX_LINE_BYTES} bytes: give each question a line of its own")
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text := text.rstrip():
-                    questions.append(_question(json.loads(text)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}.") from None
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                raise ValueError(f"{path}, line {number} is not UTF-8: byte {error.start} is {byte:#04x}.") from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {str(error).rstrip('.')}.") from None
+    questions = [question for _, question in json_lines(path, _question)]
     if not questions:
         raise ValueError(f"{path} has no questions, expected one in each line.")
     return questions
@@ -584,7 +568,7 @@ def run_task(
     tasks = draw_tasks(kind, count, seed, heldout)
     opening = []
     for task in draw_tasks(kind, shots, seed + 2**32) if shots else []:
-        opening += [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": task.answer}]
+        opening += task_chat([task])
     prompts = [tokenizer.chat([*opening, {"role": "user", "content": task.prompt}]) for task in tasks]
     limit = 2 * max(len(tokenizer.encode(task.answer)) for task in tasks) + 1
     order = sorted(range(count), key=lambda i: len(prompts[i]))  # of like length, so that little is padding

@@ -24,7 +24,7 @@ from minillama.checkpoint import load, save
 from minillama.checkpoint.files import new_folder, read_json
 from minillama.checkpoint.names import HUGGING_FACE, expand
 from minillama.config import ModelConfig
-from minillama.data import Batch, Validation
+from minillama.data import Batch, Validation, json_lines
 from minillama.linear import Linear, linear
 from minillama.loss import IGNORE
 from minillama.model import Llama
@@ -33,7 +33,6 @@ from minillama.tokenizer import ROLES, Tokenizer
 from minillama.trainer import Trainer
 
 KINDS = ("mood", "question", "summary", "translation", "story")  # what the toy world has to ask
-MAX_LINE_BYTES = 2**24  # of a file of chats: a context of a million tokens fits
 
 ADAPTER_CONFIG, ADAPTER, HEAD = "adapter_config.json", "adapter_model.safetensors", "classifier.safetensors"
 # Settings of peft that say nothing about what an adapter computes, and the values with which any other is off.
@@ -76,23 +75,8 @@ def read_chats(path: str | Path) -> Iterator[Chat]:
     Empty lines are skipped; what else an object holds beside its messages is left aside. Raises ValueError that names
     the line of anything else.
     """
-    number = 0
-    with open(path, "rb") as file:
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            try:
-                if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(f"it has more than {MAX_LINE_BYTES} bytes: give each chat a line of its own")
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield Chat(number, _messages(json.loads(text)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}.") from None
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                raise ValueError(f"{path}, line {number} is not UTF-8: byte {error.start} is {byte:#04x}.") from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {str(error).rstrip('.')}.") from None
+    for line, messages in json_lines(path, _messages):
+        yield Chat(line, messages)
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
@@ -207,7 +191,7 @@ class ChatBatches:
 
 
 class TaskBatches:
-    """New tasks from the toy world at every step, each of a new story, of kinds drawn from `kinds`.
+    """New tasks from the toy world at every step, each chat about a new story, of kinds drawn from `kinds`.
 
     Raises ValueError for a kind that the world does not have.
     """
@@ -221,12 +205,26 @@ class TaskBatches:
         return pack([task_row(self.tokenizer, self.kinds, rng) for _ in range(self.batch_size)], self.tokenizer.pad_id)
 
 
+def task_chat(tasks: Sequence[world.Task]) -> list[dict[str, str]]:
+    """Tasks about one story as a conversation. The story is told once, before the first.
+
+    Answers begin with a space, as words do inside a story: a model of stories knows "▁Nora", and not the "N" and "ora"
+    that its tokenizer makes of "Nora" where nothing stands before it.
+    """
+    messages = []
+    for n, task in enumerate(tasks):
+        asked = task.prompt if n == 0 else task.prompt.rpartition("\n")[2]
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": f" {task.answer}"}]
+    return messages
+
+
 def task_row(tokenizer: Tokenizer, kinds: Sequence[str], rng: random.Random, heldout: bool = False) -> Row:
-    """A chat about a new story: one of its tasks of a kind drawn from `kinds`."""
+    """A chat about a new story, of a kind drawn from `kinds`. Questions are asked all, one after the other, in any
+    order: each is learned from the same reading of the story."""
     kind = rng.choice(kinds)
-    task = rng.choice([task for task in world.tasks(world.sample(rng, heldout)) if task.kind == kind])
-    messages = [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": task.answer}]
-    return chat_row(tokenizer, messages)
+    tasks = [task for task in world.tasks(world.sample(rng, heldout)) if task.kind == kind]
+    rng.shuffle(tasks)
+    return chat_row(tokenizer, task_chat(tasks))
 
 
 def task_validation(

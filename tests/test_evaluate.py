@@ -436,7 +436,7 @@ def test_shots_are_earlier_turns_with_other_stories_than_the_tasks(toy, monkeypa
     assert all(text.count("<|im_start|>user") == 3 and text.endswith("<|im_start|>assistant\n") for text in spelled)
     assert len({text.rsplit("<|im_start|>user", 1)[0] for text in spelled}) == 1
     worked = spelled[0].split("<|im_end|>")[1]
-    assert worked.removeprefix("\n<|im_start|>assistant\n") in world.MOODS
+    assert worked.removeprefix("\n<|im_start|>assistant\n ") in world.MOODS
 
 
 def test_the_batch_does_not_change_what_is_written(toy) -> None:

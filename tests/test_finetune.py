@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minillama import finetune, world
+from minillama import data, finetune, world
 from minillama.checkpoint import load, save
 from minillama.checkpoint.load import find_checkpoint, open_checkpoint
 from minillama.cli import main
@@ -205,7 +206,7 @@ def test_a_bad_line_is_named_with_what_is_wrong(row, message, tmp_path):
 
 
 def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(data, "MAX_LINE_BYTES", 100)
     with pytest.raises(ValueError, match="line 2: it has more than 100 bytes"):
         list(read_chats(lines(tmp_path, "", "x" * 200)))
 
@@ -348,11 +349,14 @@ def test_tasks_are_the_worlds_with_their_answers_and_new_at_every_step(kinds, to
         for inputs, numbers in zip(batch.inputs, segments, strict=True):
             for n in range(int(numbers.max()) + 1):
                 text = tokenizer.decode(inputs[numbers == n].tolist(), control=True).split("<pad>")[0]
-                prompt, answer = text.removeprefix("<|im_start|>user\n").split("<|im_end|>\n<|im_start|>assistant\n")
-                story = world.read(prompt.split("\n")[0])  # refuses what is held out
-                task = next(task for task in world.tasks(story) if task.prompt == prompt)
-                assert task.answer == answer
-                found.add(task.kind)
+                turns = re.split(r"(?:<\|im_end\|>\n)?<\|im_start\|>(?:user|assistant)\n", text)[1:]
+                told, turns[0] = turns[0].split("\n")
+                story = world.read(told)  # refuses what is held out
+                asked = dict(zip(turns[::2], turns[1::2], strict=True))
+                (kind,) = {task.kind for task in world.tasks(story) if task.prompt == f"{told}\n{turns[0]}"}
+                right = [task for task in world.tasks(story) if task.kind == kind]
+                assert asked == {task.prompt.split("\n")[1]: f" {task.answer}" for task in right}
+                found.add(kind)
                 seen.append(story.text)
     assert found == set(kinds) and len(set(seen)) == 24
 
