@@ -147,6 +147,10 @@ def main() -> int:
         app.build()
         if app.statuscode:
             return app.statuscode
+        for path in built.rglob("*.html"):
+            # The older theme, that of Python 3.10, asks early for fonts, which a page opened from a file may not read.
+            text = path.read_text(encoding="utf-8")
+            path.write_text(re.sub('<link rel="preload" as="font".*?>', "", text), encoding="utf-8")
         shutil.rmtree(SITE, ignore_errors=True)
         shutil.copytree(built, SITE, ignore=shutil.ignore_patterns(".buildinfo", "objects.inv"))
     print(f"Open {SITE.relative_to(ROOT) / 'index.html'} in a browser.")
