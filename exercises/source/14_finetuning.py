@@ -20,8 +20,8 @@ from minillama.course import case, check, hint, report
 # - targets (T−1,): at each place the token that follows, if an answer holds it, and `ignore` if not.
 #
 # What is not in a span is never scored: the user's turns, what opens an answer, padding at the end. A span may begin at 0; an
-# answer's token with nothing before it cannot be a target. Leave ids as they are, and make no loop over tokens: the check has a
-# long chat.
+# answer's token with nothing before it cannot be a target. There may be no span at all. Leave ids as they are, and make no loop
+# over tokens: the check has a long chat.
 #
 # For example ids = `[5, 6, 7, 8, 2, 9]` with the span `(2, 5)` and ignore = -100 give the inputs `[5, 6, 7, 8, 2]` and the
 # targets `[-100, 7, 8, 2, -100]`: at the place of the 6 the model has to begin its answer.
@@ -61,8 +61,8 @@ except NotImplementedError:
 # b (out, r), the adapter → (..., out), which is what w gives for x, plus α/r times what b gives for what a gives for x
 # (Hu et al. 2021, section 4.1). alpha is a number; r is the adapter's rank, to be read off its shape.
 #
-# x and w are both in fp32 or both in bf16; a and b are always in fp32. Then the product with w is taken as it comes, the
-# adapter's path and the sum are in fp32, and the result is rounded once, to the dtype of x.
+# x and w are both in fp32 or both in bf16; a and b are always in fp32. Then the product with w is taken as it comes, in their
+# dtype, the adapter's path and the sum are in fp32, and the result is rounded once, to the dtype of x.
 #
 # Never make a matrix of the size of w: the check has a wide one.
 #
@@ -133,7 +133,7 @@ except NotImplementedError:
 # - logits (B, C): what the head gives for these.
 #
 # What stands at padding may be anything, NaN and infinity too: it must change nothing. Add up in fp32, and all texts at once:
-# the check has thousands.
+# the check has thousands, and a batch of none (B = 0).
 #
 # For example hidden = `[[[1.], [3.], [9.]], [[5.], [9.], [9.]]]` with lengths = `[2, 1]` and head = `[[1.], [-1.]]` give the
 # means `[[2.], [5.]]` and the logits `[[2., -2.], [5., -5.]]`.
@@ -159,7 +159,7 @@ def pooled(hidden: Tensor, lengths: Tensor, head: Tensor) -> tuple[Tensor, Tenso
 # - mask (B, width, width) bool: True at [b, i, j] if token i may see token j, that is if both belong to the same chat, and j is
 #   not later than i. Padding sees itself and nothing else, and nothing else sees it.
 #
-# No loop over rows or chats: the check has thousands of rows.
+# No loop over rows or chats: the check has a thousand rows, and a batch of none (B = 0).
 #
 # For example lengths = `[[2, 1]]` and width = 4 give the positions `[[0, 1, 0, 0]]` and the mask, in which 1 is True,
 # `[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]`.

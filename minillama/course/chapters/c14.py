@@ -27,7 +27,9 @@ def _target_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     yield padded, [(3, 4), (6, 9), (12, 15)], -100
     yield ids(11), [(0, 3), (5, 6), (6, 9)], -1
     yield ids(16, 8), [(7, 12)], 0
-    yield ids(9).int(), [(2, 5)], -100
+    zero = ids(9).int()
+    zero[[3, 6]] = 0  # a token's number like any other, in an answer and behind it
+    yield zero, [(2, 5)], -100
     yield ids(6), [], -7
     yield ids(2), [(1, 2)], -100
     yield ids(1), [(0, 1)], -100
@@ -83,6 +85,20 @@ def _copied_slices(ids: Tensor, spans: _Spans, ignore: int) -> _Row:
     return ids[:-1].clone(), targets
 
 
+def _uneven_slices(ids: Tensor, spans: _Spans, ignore: int) -> _Row:
+    """A slice from -1 is empty, and what is to be put there is not."""
+    targets = torch.full_like(ids[1:], ignore)
+    for start, end in spans:
+        targets[start - 1 : end - 1] = ids[start:end]
+    return ids[:-1].clone(), targets
+
+
+def _made_anew(ids: Tensor, spans: _Spans, ignore: int) -> _Row:
+    for span in spans:
+        found = _targets(ids, [span], ignore)
+    return found
+
+
 def _by_value(ids: Tensor, spans: _Spans, ignore: int) -> _Row:
     said = ids[_inside(len(ids), spans)]
     return ids[:-1].clone(), ids[1:].masked_fill(~torch.isin(ids[1:], said), ignore)
@@ -114,10 +130,15 @@ TARGETS = Exercise(
               _targets_as(follow=lambda ids: ids[:-1], scored=lambda inside: inside[:-1])),
         Wrong("only the last answer is scored: each turn of the assistant's is.",
               _targets_as(turns=lambda spans, n: spans[-1:])),
+        Wrong("only the last answer is scored, for the targets are begun again at each span; and where there is no "
+              "span they are never begun.", _made_anew),
         Wrong("only the first answer is scored: each turn of the assistant's is.",
               _targets_as(turns=lambda spans, n: spans[:1])),
         Wrong("all from the first answer to the last is scored, what the user says between them included.",
               _targets_as(turns=lambda spans, n: [(spans[0][0], spans[-1][1])] if spans else [])),
+        Wrong("all from the first answer to the last is scored, what the user says between them included; and a chat "
+              "need not have a first answer.",
+              _targets_as(turns=lambda spans, n: [(spans[0][0], spans[-1][1])])),
         Wrong("all that stands behind the first answer's beginning is scored, the user's turns and padding included.",
               _targets_as(turns=lambda spans, n: [(spans[0][0], n)] if spans else [])),
         Wrong("the last answer has no end: the padding behind it, or what the user says, is scored.",
@@ -133,10 +154,14 @@ TARGETS = Exercise(
               _targets_as(turns=lambda spans, n: _ending(spans, lambda start, length: (start, start + length)))),
         Wrong("an answer that begins the row is lost: one place before its start is -1, which means the last one.",
               _copied_slices),
+        Wrong("a span that begins at 0 does not fit: its first token has nothing before it, so it has one target less, "
+              "and one place before 0 is -1, which means the last one.", _uneven_slices),
         Wrong("tokens are known by what they are, not by where they stand: a word of an answer is scored in the "
               "prompts, too.", _by_value),
         Wrong("the inputs are hidden, too: the model must see the prompt to answer it.",
               _targets_as(inputs=lambda ids, inside, ignore: ids[:-1].masked_fill(~inside[:-1], ignore))),
+        Wrong("the inputs are hidden where nothing is scored: the model must see the prompt to answer it.",
+              _targets_as(inputs=lambda ids, inside, ignore: ids[:-1].masked_fill(~inside[1:], ignore))),
         Wrong("the answers are hidden in the inputs: each of their tokens is predicted from those before it.",
               _targets_as(inputs=lambda ids, inside, ignore: ids[:-1].masked_fill(inside[:-1], ignore))),
         Wrong("the inputs are the whole row: nothing follows its last token, expected T - 1.",
@@ -144,6 +169,9 @@ TARGETS = Exercise(
         Wrong("both have T places, the last target of them filled: nothing follows the last token, expected T - 1.",
               _then(_targets_as(inputs=lambda ids, inside, ignore: ids),
                     lambda inputs, targets: (inputs, F.pad(targets, (0, 1), value=-100)))),
+        Wrong("a token of number 0 is taken for padding: what is scored hangs on the place alone.",
+              lambda ids, spans, ignore: _then(_targets, lambda inputs, targets: (
+                  inputs, targets.masked_fill(targets == 0, ignore)))(ids, spans, ignore)),
         Wrong("-100 stands where nothing is scored, expected what the argument ignore says.", _targets_as(fill=-100)),
         Wrong("0 stands where nothing is scored, expected what the argument ignore says.", _targets_as(fill=0)),
         Wrong("the targets are masked in the memory of ids, which changes them, and the inputs with them: copy first.",
@@ -193,6 +221,9 @@ def _lora_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     whole = torch.randint(-3, 4, (24, 8), generator=rng).bfloat16()  # its products with x are whole numbers below 256
     x = torch.randint(-2, 3, (4, 3, 8), generator=rng).bfloat16()
     yield x, whole, 2 * _odd(rng, 3, 8), _odd(rng, 24, 3), 6.0
+    rows = [torch.randint(-1, 2, size, generator=rng).bfloat16() for size in ((6, 4), (12, 4))]
+    thin = [2 * torch.randint(1, 4, size, generator=rng).float() + 1 for size in ((1, 4), (12, 1))]
+    yield *rows, *thin, 1 + 1 / 256  # a scale of 9 digits
 
 
 def _alpha_r(alpha: float, a: Tensor, b: Tensor) -> float:
@@ -298,6 +329,9 @@ LORA = Exercise(
               "round once.", _sum_in),
         Wrong("what a gives is rounded to bf16 before b: the adapter's path is in fp32 as a whole.",
               _lora_as(path=lambda x, a, b, base: F.linear(F.linear(x.float(), a).to(x.dtype).float(), b))),
+        Wrong("alpha / r is rounded to bf16 before it scales: that is another scale.",
+              lambda x, w, a, b, alpha: _lora(x, w, a, b, alpha, scale=lambda alpha, a, b: float(
+                  torch.tensor(alpha / len(a), dtype=x.dtype)))),
         Wrong("it comes back in fp32, expected the dtype of x: what follows in the model has weights in bf16.",
               _promoted),
     ),
@@ -586,6 +620,11 @@ def _largest(hidden: Tensor, real: Tensor) -> Tensor:
     return hidden.masked_fill(~real[:, :, None], -math.inf).amax(1)
 
 
+def _one_by_one(hidden: Tensor, lengths: Tensor, head: Tensor) -> _Row:
+    means = torch.stack([text[:n].float().mean(0) for text, n in zip(hidden, lengths.tolist(), strict=True)])
+    return means, F.linear(means, head)
+
+
 def _all_together(hidden: Tensor, real: Tensor) -> Tensor:
     return _sums(hidden, real).sum(0, keepdim=True).expand(len(hidden), -1)
 
@@ -626,6 +665,10 @@ POOLED = Exercise(
               _pooled_as(by=lambda lengths, n: lengths[:, None].sqrt())),
         Wrong("the sum is divided by the longest text's length: each text has its own.",
               _pooled_as(by=lambda lengths, n: lengths.max() if len(lengths) else 1)),
+        Wrong("the sum is divided by the longest text's length: each text has its own, and a batch of none has no "
+              "longest one.", _pooled_as(by=lambda lengths, n: lengths.max())),
+        Wrong("the texts are taken one by one, which is slow, and where there are none nothing can be stacked: take "
+              "all at once.", _one_by_one),
         Wrong("the sum is divided by the tokens of all texts: each text has its own.",
               _pooled_as(by=lambda lengths, n: lengths.sum())),
         Wrong("all texts have one mean, over the batch: each has its own.",
@@ -644,6 +687,12 @@ POOLED = Exercise(
               lambda hidden, lengths, head: _then(_pooled_as(dtype=None), lambda means, logits: (
                   means.to(hidden.dtype), F.linear(means.to(hidden.dtype), head.to(hidden.dtype))))(
                   hidden, lengths, head)),
+        Wrong("the sums are in bf16 where hidden is, and only the division is in fp32: go to fp32 before you add.",
+              lambda hidden, lengths, head: _pooled(hidden, lengths, head, add=lambda h, real: _sums(
+                  h.to(hidden.dtype), real).float())),
+        Wrong("the logits are computed in the dtype of hidden, expected in fp32.",
+              lambda hidden, lengths, head: _pooled(hidden, lengths, head, logits=lambda means, head: F.linear(
+                  means.to(hidden.dtype), head.to(hidden.dtype)).float())),
         Wrong("the means are rounded to bf16 where hidden is: stay in fp32 from the sum on.",
               lambda hidden, lengths, head: _then(_pooled, lambda means, logits: (
                   (rounded := means.to(hidden.dtype).float()), F.linear(rounded, head)))(hidden, lengths, head)),
@@ -700,17 +749,19 @@ def _packed(lengths: Tensor, width: int, *, numbers: str = "", positions: str = 
     ends = lengths.cumsum(1)
     late = 1 if numbers == "late" else 0
     chat = (places[None, :, None] >= ends[:, None, :] + late).sum(2).clamp(max=lengths.shape[1] - 1)  # (B, T)
-    real = places < ends[:, -1:]
+    real = (places >= ends[:, -1:] + late).logical_not() if padding == "late" else places < ends[:, -1:]
     starts = (ends - lengths).gather(1, chat)
     before = lengths.roll(1, 1).index_fill(1, torch.tensor([0]), 0).gather(1, chat)
     chosen = {
-        "go on": places.expand(len(lengths), -1), "from 1": places - starts + 1, "last": places - before,
+        "go on": places.expand(len(lengths), -1), "from 1": places - starts + 1, "padding from 1": places - starts + 1,
+        "last": places - before,
         "down": starts + lengths.gather(1, chat) - 1 - places,
     }.get(positions, places - starts)  # fmt: skip
     if positions == "number":
         chosen = chat
     if positions != "padding goes on":
-        chosen = torch.where(real, chosen, places - ends[:, -1:] if padding == "a chat" else 0)
+        other = places - ends[:, -1:] if padding == "a chat" or positions == "padding from 0" else 0
+        chosen = torch.where(real, chosen, 1 if positions == "padding from 1" else other)
     if numbers == "length":
         chat = lengths.gather(1, chat)
     if numbers == "first seen":
@@ -750,18 +801,24 @@ PACKED = Exercise(
     wrong=(
         Wrong("the positions go on through the row: each chat begins at 0 again.", _packed_as(positions="go on")),
         Wrong("the positions begin at 1, expected 0.", _packed_as(positions="from 1")),
+        Wrong("the positions begin at 1, and so do those of padding: expected 0.",
+              _packed_as(positions="padding from 1")),
         Wrong("the positions count down.", _packed_as(positions="down")),
         Wrong("the positions are the chats' numbers: they count tokens within a chat.",
               _packed_as(positions="number")),
         Wrong("a chat's positions count from the length of the one before it: there may be several before it.",
               _packed_as(positions="last")),
         Wrong("padding's positions go on from the last chat, expected 0.", _packed_as(positions="padding goes on")),
+        Wrong("padding's positions count it as one more chat, expected 0 for all of it.",
+              _packed_as(positions="padding from 0")),
         Wrong("a token sees those of its chat that come later: within a chat the mask is causal.",
               _packed_as(sees="both")),
         Wrong("rows and columns are exchanged: a token sees itself and the later ones of its chat.",
               _packed_as(sees="later")),
         Wrong("a token does not see itself, and the first one of a chat sees nothing, which gives NaN.",
               _packed_as(sees="past")),
+        Wrong("nothing sees itself, padding and the first token of a chat included, and who sees nothing gets NaN.",
+              _packed_as(sees="past", padding="none")),
         Wrong("a chat sees all that stand before it in the row: it must not know of them.", _packed_as(numbers="none")),
         Wrong("the row is taken for one text, with positions that go on and a mask that is causal alone: its chats "
               "must not know of each other.", _packed_as(numbers="none", positions="go on", padding="like real")),
@@ -773,6 +830,8 @@ PACKED = Exercise(
               _packed_as(numbers="length")),
         Wrong("the first token of a chat is counted to the one before it: a chat of length 3 ends before place 3.",
               _packed_as(numbers="late")),
+        Wrong("the first token of a chat is counted to the one before it, and the first place of padding to the last "
+              "chat: a chat of length 3 ends before place 3.", _packed_as(numbers="late", padding="late")),
         Wrong("all rows are like the first one: each has its own chats.", _packed_as(numbers="one row")),
         Wrong("padding sees nothing: a softmax over none gives NaN, which spoils the row's gradients.",
               _packed_as(padding="none")),
