@@ -48,7 +48,7 @@ def finetune(
 
     [bold]Examples[/bold]
       minillama finetune
-      minillama finetune --task mood --steps 300
+      minillama finetune --task mood --steps 250 --learning-rate 4e-3
       minillama finetune --checkpoint smollm2 --data chats.jsonl --lora 8
       minillama chat --checkpoint smollm2 --adapter runs/smollm2-chats-lora/step-500
     """
