@@ -23,8 +23,8 @@ from minillama.course import case, check, hint, report
 # - precision: all matches by all n-grams of the answers.
 #
 # BLEU is the geometric mean of the four, times the penalty min(1, exp(1 − r/c)), times 100. c and r are the numbers of words in
-# all answers and in all references. If there are no matches of some order, BLEU is 0: nothing is smoothed. Words are equal only
-# letter for letter.
+# all answers and in all references; an answer may be empty. If there are no matches of some order, BLEU is 0: nothing is
+# smoothed. Words are equal only letter for letter.
 #
 # For example the answer `a b c d e` to the reference `a b c d f g` has the precisions 4/5, 3/4, 2/3 and 1/2, so 0.2 to the
 # power of 1/4, and the penalty exp(−1/5): 54.75.

@@ -60,6 +60,7 @@ def _bleu_cases(rng: torch.Generator) -> Iterable[tuple[Any, ...]]:
     yield [], []
     yield [[], []], texts(4, 6)
     yield [list(a), list(b)], [list(a), list(b)]
+    yield [[], list(a), list(c)], [texts(5)[0], list(a), list(c)]  # nothing is said to the first of them
 
 
 def _grams(words: Words, n: int) -> "Counter[Any]":
@@ -158,6 +159,17 @@ def _word_penalty(answers: list[int], references: list[int]) -> float:
     return _brevity([min(c, r) for c, r in zip(answers, references, strict=True)], references)
 
 
+def _said(answers: list[Words], references: list[Words]) -> float:
+    """Empty answers are passed over, and their references with them."""
+    pairs = [(one, other) for one, other in zip(answers, references, strict=True) if one]
+    return _bleu([one for one, _ in pairs], [other for _, other in pairs])
+
+
+def _runs(fewer: Callable[[int], int]) -> Callable[[Words, int], "Counter[Any]"]:
+    """n-grams that begin at another number of places."""
+    return lambda words, n: Counter(tuple(words[i : i + n]) for i in range(len(words) - fewer(n)))
+
+
 def _bare(matches: list[int], totals: list[int]) -> float:
     return math.exp(sum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / 4)
 
@@ -181,6 +193,12 @@ BLEU = Exercise(
               _bleu_as(penalty=_raw_penalty)),
         Wrong("the penalty is turned round: it falls on long answers, whose precision suffers already.",
               _bleu_as(penalty=lambda c, r: math.exp(min(0, 1 - sum(c) / max(sum(r), 1))) if sum(c) else 0.0)),
+        Wrong("the penalty has r/c − 1 in the exponent: turned so, it falls on answers that are too long.",
+              _bleu_as(penalty=lambda c, r: math.exp(min(0, sum(r) / sum(c) - 1)) if sum(c) else 0.0)),
+        Wrong("the penalty is never below 1: expected the smaller of 1 and the exponential, not the larger.",
+              _bleu_as(penalty=lambda c, r: math.exp(max(0, 1 - sum(r) / sum(c))) if sum(c) else 0.0)),
+        Wrong("an empty answer is passed over, and its reference with it: the words of that reference count in r.",
+              _said),
         Wrong("the penalty is the ratio of the lengths: it is exponential, exp(1 − r/c).",
               _bleu_as(penalty=lambda c, r: min(1, sum(c) / max(sum(r), 1)))),
         Wrong("the penalty is the mean of the sentences' own: add the lengths of all first.",
@@ -197,6 +215,9 @@ BLEU = Exercise(
               _pooled),
         Wrong("the mean of the four precisions is arithmetic, expected the geometric one.",
               _bleu_as(mean=lambda m, t: sum(_ratios(m, t)) / 4)),
+        Wrong("where all orders have matches, the mean of the four precisions is arithmetic: expected the geometric "
+              "one, in which the smallest weighs most.",
+              _bleu_as(mean=lambda m, t: sum(_ratios(m, t)) / 4 if all(m) else 0.0)),
         Wrong("the four precisions are multiplied, and the fourth root is missing.",
               _bleu_as(mean=lambda m, t: math.prod(_ratios(m, t)))),
         Wrong("all orders are put into one sum: each order has its own precision, and their mean is taken.",
@@ -220,6 +241,17 @@ BLEU = Exercise(
               _bleu_as(total=lambda found, expected, size: sum(expected.values()))),
         Wrong("an answer that is shorter than n takes n-grams away from the total: it has none.",
               _bleu_as(total=lambda found, expected, size: size)),
+        Wrong("the total has each n-gram of an answer once: it counts as often as it stands there, as in the matches.",
+              _bleu_as(total=lambda found, expected, size: len(found))),
+        Wrong("the last n-gram of each text is left out: n words have one n-gram, not none.",
+              _bleu_as(grams=_runs(lambda n: n))),
+        Wrong("the last words of a text begin n-grams of fewer than n words: only whole ones count.",
+              _bleu_as(grams=_runs(lambda n: 0))),
+        Wrong("the matches of all orders are divided by the number of words: each order has its own number of n-grams, "
+              "and short answers may have none.",
+              _bleu_as(grams=lambda words, n: _grams([*words, *[""] * (n - 1)], n),
+                       match=lambda found, expected: sum(min(count, expected[gram]) for gram, count in found.items()
+                                                         if "" not in gram))),
         Wrong("each answer's number of words is taken for its number of n-grams: there are n − 1 fewer.",
               _bleu_as(total=lambda found, expected, size: max(size, 0) and sum(found.values()),
                        grams=lambda words, n: _grams([*words, *[""] * (n - 1)], n),
@@ -627,7 +659,26 @@ WINDOWS = Exercise(
               _sliding_as(mean=lambda nats, plan: math.exp(_mean(nats, plan)))),
         Wrong("all surprises come from a window that begins with the text: after `window` tokens there is none.",
               _sliding_as(mean=lambda nats, plan: nats[0, 1:].mean().item())),
-        Wrong("the plan is right, but the surprises are taken one place too early: nats[b, t] is that of token t.",
+        Wrong("the plan is right, but the row of the table is the number of the window: it is the token at which the "
+              "window begins.",
+              _sliding_as(mean=lambda nats, plan: torch.cat([nats[i, first:end] for i, (_, end, first) in
+                                                             enumerate(plan)]).mean().item())),
+        Wrong("the plan is right, but the mean is taken over all tokens that each window holds: those that it shares "
+              "with the window before count once, from there.",
+              _sliding_as(mean=lambda nats, plan: _mean(nats, _again(plan)))),
+        Wrong("windows begin to score `stride` tokens behind their beginning: expected where the one before has ended.",
+              _planned(lambda plan, length, window, stride: plan[:1] + _windows_of(
+                  plan[1:], lambda begin, end, first: begin + stride))),
+        Wrong("the second number is where a window begins to score, expected where it ends: begin, end, first.",
+              _planned(lambda plan, length, window, stride: [(begin, first, end) for begin, end, first in plan],
+                       mean=lambda nats, plan: _mean(nats, [(begin, end, first) for begin, first, end in plan]))),
+        Wrong("windows hold a token more than `window`: their first one counts, although it is not scored.",
+              _sliding_as(walk=lambda length, window, stride: _windows(length, window + 1, stride))),
+        Wrong("the plan is right, but the columns of the table are places in the window: t counts from the text's "
+              "beginning.", _sliding_as(mean=lambda nats, plan: torch.cat([nats[begin, first - begin : end - begin] for
+                                                                          begin, end, first in plan]).mean().item())),
+        Wrong("the plan is right, but the loss is not a number: in nats[b, t] the row b is the window's beginning, the "
+              "column t the token itself, not the one before.",
               _sliding_as(mean=lambda nats, plan: torch.cat([nats[b, first - 1 : end - 1] for b, end, first in plan]
                                                             ).mean().item())),
         Wrong("a stride as large as the window is not refused: the first token of a window has nothing before it "
@@ -945,6 +996,15 @@ CHOICE = Exercise(
               _summing(begin=lambda begin, end: begin - 1)),
         Wrong("the choice's first token is left out: it is the one that the context decides.",
               _summing(begin=lambda begin, end: begin + 1)),
+        Wrong("all places are one too early: each token's log-probability stands at its own place, not at that of the "
+              "token before.", _summing(lambda begin, end: begin - 1, lambda begin, end: end - 1)),
+        Wrong("all places are one too late: each token's log-probability stands at its own place.",
+              _summing(lambda begin, end: begin + 1, lambda begin, end: end + 1)),
+        Wrong("number 0 is always taken, as it is if every sum is minus infinity: a place that does not count adds 0.",
+              _choose_as(total=lambda log_probs, begin, end: torch.where(
+                  _between(log_probs, begin, end), log_probs.double(), -math.inf).sum(-1))),
+        Wrong("only what is not a number is left out: the filling may be numbers, too, and the context does not count.",
+              _choose_as(total=lambda log_probs, begin, end: log_probs.double().nansum(-1))),
         Wrong("the choice's last token is left out: `end` is the place behind it.",
               _summing(end=lambda begin, end: end - 1)),
         Wrong("the place behind the choice is counted: `end` is not part of it.",
@@ -971,6 +1031,12 @@ CHOICE = Exercise(
         Wrong("the two choices are exchanged: by the sum comes first.", _then(_choose, lambda both: both[::-1])),
         Wrong("a choice that is not there is chosen: a sum of nothing is 0, and no log-probability is larger.",
               _choose_as(there=False)),
+        Wrong("by the sum, a choice that is not there is taken; by the sum per byte it is not: both must leave it out.",
+              lambda *arguments: (_choose(*arguments, there=False)[0], _choose(*arguments)[1])),
+        Wrong("by the sum per byte, a choice that is not there is taken; by the sum it is not: both must leave it out.",
+              lambda *arguments: (_choose(*arguments)[0], _choose(*arguments, there=False)[1])),
+        Wrong("the smallest is taken, which is minus infinity for a choice that is not there: log-probabilities are "
+              "below 0, and the largest is the likeliest.", _choose_as(pick=lambda scores: scores.argmin(1))),
         Wrong("the least likely choice is taken: log-probabilities are below 0, and the largest is nearest to it.",
               _choose_as(pick=lambda scores: torch.where(scores.isinf(), math.inf, scores).argmin(1))),
         Wrong("probabilities are added: those of tokens that follow each other multiply, so their logarithms add up.",
@@ -1046,7 +1112,7 @@ def _part(rows: slice) -> Callable[..., tuple[float, float]]:
 
 def _of_each(nats: list[Tensor], texts: list[str], tokens: int) -> tuple[float, float]:
     """The mean of the texts' own ratios; those without bytes are left out."""
-    own = [_bits([row], [text], 1)[0] for row, text in zip(nats, texts, strict=True) if text]
+    own = [_bits([row], [text], tokens)[0] for row, text in zip(nats, texts, strict=True) if text]
     return sum(own) / len(own), _bits(nats, texts, tokens)[1]
 
 
@@ -1081,6 +1147,12 @@ BITS = Exercise(
         Wrong("the first surprise of each text is left out: all that are given are scored.", _part(slice(1, None))),
         Wrong("this is the mean of the texts' own bits per byte: short texts would weigh as much as long ones; add all "
               "bits and all bytes first.", _of_each),
+        Wrong("an empty text is passed over: the surprise at its end belongs to the sum, though it adds no bytes.",
+              lambda nats, texts, tokens: _bits([row for row, text in zip(nats, texts, strict=True) if text], texts,
+                                                tokens)),
+        Wrong("an end is added to `tokens` for each text: the number has the ends already.",
+              lambda nats, texts, tokens: (_bits(nats, texts, tokens)[0],
+                                           _bits(nats, texts, tokens + len(texts))[1])),
         Wrong("the mean of each text's surprises is added up: add the surprises themselves.",
               _bits_as(total=lambda nats: sum(row.double().mean().item() for row in nats))),
         Wrong("the surprises are added in bf16, which loses most of them: go to fp32 first.",
