@@ -51,6 +51,7 @@ exercises/*
 data/README
 data/MODEL_CARD
 tests/benchmarks/RESULTS
+tests/benchmarks/TASKS
 tests/benchmarks/LOG
 ```
 """
