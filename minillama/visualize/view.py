@@ -85,7 +85,7 @@ def picture_of_words(figure: "Figure", alt: str) -> Picture:
 
     It keeps 256 colours, which nobody can tell from the whole, in a third of the bytes.
     """
-    from PIL import Image  # comes with matplotlib
+    from PIL import Image
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
