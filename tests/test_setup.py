@@ -342,7 +342,8 @@ def test_package_imports_what_it_declares_and_declares_what_it_imports() -> None
             if isinstance(node, ast.Import):
                 names = {alias.name.split(".")[0].lower() for alias in node.names}  # IPython is ipython
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-                names = {node.module.split(".")[0].lower().replace("pil", "pillow")}
+                name = node.module.split(".")[0].lower()
+                names = {{"pil": "pillow"}.get(name, name)}
             else:
                 continue
             imported |= names
