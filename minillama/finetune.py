@@ -479,13 +479,13 @@ class Classifier(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
-        x = self.model.hidden(tokens, segments=segments)
+        x = self.model.hidden(tokens, segments=segments).float()  # in bf16 a sum of many would be rounded at each
         if segments is None:
-            return self.head(x.mean(1))
+            return self.head(x.mean(1).to(self.head.weight.dtype))
         counts = segments.amax(1) + 1  # texts in each row
         numbers = (segments + (counts.cumsum(0) - counts)[:, None])[segments >= 0]
         sums = x.new_zeros(int(counts.sum()), x.shape[-1]).index_add(0, numbers, x[segments >= 0])
-        return self.head(sums / numbers.bincount()[:, None])
+        return self.head((sums / numbers.bincount()[:, None]).to(self.head.weight.dtype))
 
 
 def label_batch(texts: Sequence[Sequence[int]], labels: Sequence[int], pad_id: int) -> Batch:

@@ -426,6 +426,22 @@ def test_merged_it_gives_the_same_and_unmerged_the_very_bits(dtype):
 
 
 @torch.no_grad()
+def test_a_model_with_an_adapter_beside_its_weights_is_not_saved_as_if_it_had_none(tmp_path):
+    with pytest.raises(ValueError, match=r"blocks.0.attention.wq.a\).*merge it first, or write it with save_adapter"):
+        save(make_lora(), None, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_classifier_in_bf16_takes_the_mean_in_fp32():
+    exact = Classifier(make_model(), 3)
+    tokens = torch.arange(20).repeat(2, 40)[:, :60] % 20
+    with torch.no_grad():
+        mean = exact.bfloat16().model.hidden(tokens).double().mean(1)
+        expected = exact.head(mean.bfloat16())
+        assert torch.equal(exact(tokens), expected)
+        assert torch.equal(exact(tokens, torch.zeros_like(tokens)), expected)
+
+
 def test_a_merged_model_is_saved_as_a_whole_one(tmp_path):
     model, tokens = merge(make_lora()), torch.arange(20)[None]
     save(model, None, tmp_path / "whole")

@@ -41,11 +41,17 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path) -> None:
 
 
 def check_floats(model: Llama) -> None:
-    """Raise ValueError for a quantized model: its weights are no longer parameters, and no format here has a place."""
+    """Raise ValueError for a quantized model, whose weights are no longer parameters, and for one with an adapter beside
+    its weights: no format here has a place for either."""
     if not model.embedding.weight.is_floating_point():
         raise ValueError(
             "the model's weights are in 8 or 4 bits, and a checkpoint holds floating-point numbers: load it in "
             "float32, or save it before it is quantized."
+        )
+    if adapter := next((name for name, _ in model.named_parameters() if name.endswith(".a")), None):
+        raise ValueError(
+            f"the model has an adapter beside its weights ({adapter}), and a checkpoint holds the weights alone: merge "
+            "it first, or write it with save_adapter."
         )
 
 
