@@ -41,8 +41,8 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path) -> None:
 
 
 def check_floats(model: Llama) -> None:
-    """Raise ValueError for a quantized model, whose weights are no longer parameters, and for one with an adapter beside
-    its weights: no format here has a place for either."""
+    """Raise ValueError for a quantized model, whose weights are no longer parameters, and for one with an adapter
+    beside its weights: no format here has a place for either."""
     if not model.embedding.weight.is_floating_point():
         raise ValueError(
             "the model's weights are in 8 or 4 bits, and a checkpoint holds floating-point numbers: load it in "
