@@ -3,7 +3,8 @@
 Letters: B batch, T new tokens, S all tokens seen so far (S ≥ T), H query heads, K key/value heads, D head_dim.
 """
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from minillama.config import ModelConfig
 from minillama.linear import Linear
 from minillama.rope import rotate
 
-SHORT = 256  # tokens: up to here the matrix of all pairs is small
+BLOCK = 64  # queries whose scores are held at once
 
 
 class LayerCache(Protocol):
@@ -75,14 +76,13 @@ class Attention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in self.project(x, turn))  # (B, H, T, D), two of (B, K, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D)
-        # To train in bf16 on a CPU: PyTorch takes four times as long to differentiate its fused kernels as in fp32. For
-        # short texts the plain formula is quicker still.
-        in_half = torch.is_grad_enabled() and q.dtype == torch.bfloat16 and q.device.type == "cpu"
-        if not self.fast or in_half and q.shape[2] <= SHORT:
+        # To train in bf16 on a CPU: PyTorch's fused kernels take twice as long there, even in fp32.
+        to_learn = torch.is_grad_enabled() and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        if not self.fast:
             y = self.attend(q, k, v, mask)
-        elif in_half:
-            with torch.autocast("cpu", enabled=False):
-                y = self.attend_fast(q.float(), k.float(), v.float(), mask).to(q.dtype)
+        elif to_learn and q.shape[2] == k.shape[2]:
+            groups = self.n_heads // self.n_kv_heads
+            y = InBlocks.apply(q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), mask)
         else:
             y = self.attend_fast(q, k, v, mask)
         return self.wo(y.transpose(1, 2).flatten(2))
@@ -118,3 +118,54 @@ class Attention(nn.Module):
         if mask is None and new < total:
             mask = causal_mask(new, total, q.device)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+
+
+class InBlocks(torch.autograd.Function):
+    """Attention of q, k and v (B, H, T, D) in blocks of queries, each of which meets no key behind its last query.
+
+    Half of all pairs are left out, what remains are products of matrices, and only one block's probabilities are held
+    at a time: the backward pass makes them again. Source: Dao et al. 2022, "FlashAttention", section 3.1.
+    """
+
+    @staticmethod
+    def blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
+        """For each block its queries, the keys that they may see, and the probabilities (B, H, block, keys)."""
+        T = q.shape[2]
+        for start in range(0, T, BLOCK):
+            end = min(start + BLOCK, T)
+            queries, keys = slice(start, end), slice(end)
+            if mask is not None and mask[:, :, queries, end:].any():
+                keys = slice(T)
+            scores = q[:, :, queries] @ k[:, :, keys].transpose(-1, -2)
+            if mask is None:
+                hidden = causal_mask(end - start, end - start, q.device).logical_not_()
+                scores[..., start:].masked_fill_(hidden, -torch.inf)
+            else:
+                scores.masked_fill_(~mask[:, :, queries, keys], -torch.inf)
+            yield queries, keys, scores.softmax(-1)
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q = q * q.shape[-1] ** -0.5
+        y = torch.empty_like(q)
+        for queries, keys, p in InBlocks.blocks(q, k, mask):
+            y[:, :, queries] = p @ v[:, :, keys]
+        ctx.save_for_backward(q, k, v, mask, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, mask, y = ctx.saved_tensors
+        dq, dk, dv = (
+            torch.empty_like(q),
+            torch.zeros_like(k, dtype=torch.float32),
+            torch.zeros_like(v, dtype=torch.float32),
+        )
+        mean = (dy.float() * y.float()).sum(-1, keepdim=True).to(dy.dtype)  # Σ p dp of a query
+        for queries, keys, p in InBlocks.blocks(q, k, mask):
+            dp = dy[:, :, queries] @ v[:, :, keys].transpose(-1, -2)
+            ds = dp.sub_(mean[:, :, queries]).mul_(p)
+            dq[:, :, queries] = ds @ k[:, :, keys]
+            dk[:, :, keys] += ds.transpose(-1, -2) @ q[:, :, queries]
+            dv[:, :, keys] += p.transpose(-1, -2) @ dy[:, :, queries]
+        return dq * q.shape[-1] ** -0.5, dk.to(k.dtype), dv.to(v.dtype), None

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minillama.attention
-from minillama.attention import Attention, causal_mask
+from minillama.attention import Attention, InBlocks, causal_mask, packed_mask
 from minillama.cache import LayerKV
 from minillama.config import ModelConfig
 from minillama.rope import frequencies, rotate, rotation
@@ -138,19 +139,44 @@ def test_low_precision_stays_near_fp32(fast, dtype, time, training):
     assert (got - expected).norm() < 1.5 * torch.finfo(dtype).eps * expected.norm()
 
 
-def test_long_texts_train_in_low_precision_through_the_kernel_in_fp32(monkeypatch):
-    (x, turn), attention, fused = inputs(2, 300), layer(), F.scaled_dot_product_attention
-    expected, seen = attention(x, turn), []
+@pytest.mark.parametrize("packed", [None, "causal", "open"])
+@pytest.mark.parametrize("time", [1, 64, 150])
+def test_attention_in_blocks_learns_what_the_formula_learns(packed, time):
+    random = torch.Generator().manual_seed(time)
+    q, k, v, dy = (torch.randn(2, 3, time, 10, dtype=torch.float64, generator=random) for _ in range(4))
+    mask = None
+    if packed == "causal":
+        _, mask = packed_mask(torch.arange(time).expand(2, time) // torch.tensor([[23], [40]]))
+    elif packed == "open":  # a token that sees what stands behind it
+        mask = torch.rand(2, 1, time, time, generator=random) < 0.5
+        mask |= torch.eye(time, dtype=torch.bool)
+    seen = causal_mask(time, time) if mask is None else mask
+    results = []
+    for attend in (InBlocks.apply, lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, seen)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = attend(*leaves, mask)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
-    def look(q, *rest, **options):
-        seen.append(q.dtype)
-        return fused(q, *rest, **options)
 
-    monkeypatch.setattr(minillama.attention.F, "scaled_dot_product_attention", look)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = attention(x, turn)
-    assert seen == [torch.float32] and got.dtype == torch.bfloat16
-    assert (got - expected).norm() < 1.5 * torch.finfo(torch.bfloat16).eps * expected.norm()
+def test_training_in_bf16_on_a_cpu_holds_no_matrix_of_all_pairs():
+    attention, (x, turn) = layer().bfloat16(), inputs(2, 300)
+    expected, largest = layer()(x, turn), 0
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Look():
+        got = attention(x.bfloat16(), turn)
+        got.sum().backward()
+    assert largest < 2 * 6 * 300 * 300 / 2
+    assert (got - expected).norm() < 2 * torch.finfo(torch.bfloat16).eps * expected.norm()
 
 
 @PATHS
