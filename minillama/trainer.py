@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -150,25 +152,27 @@ class Trainer:
         """Train to the last step, going on from the newest checkpoint in the folder if there is one.
 
         Ctrl-C lets the step that is under way finish, writes a checkpoint and raises KeyboardInterrupt.
-        Raises ValueError if the folder holds a run with other settings, and FloatingPointError when the loss or its
-        gradient is no longer a number; the last checkpoint is still good then.
+        Raises ValueError if the folder holds a run with other settings, OSError when it cannot be written, and
+        FloatingPointError when the loss or its gradient is no longer a number; the last checkpoint is still good then.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
         self.model.train()
         bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", dynamic_ncols=True)
-        with _held_back_interrupts() as interrupted, bar, open(self.folder / "metrics.jsonl", "a") as metrics:
+        with _held_back_interrupts() as interrupted, bar:
             while self.step < self.settings.steps:
                 record = self._one_step()
                 self.records.append(record)
-                print(json.dumps(record), file=metrics, flush=True)
+                with self._explained(), open(self.folder / "metrics.jsonl", "a") as metrics:
+                    print(json.dumps(record), file=metrics)
                 bar.set_postfix(self._progress(), refresh=False)
                 bar.update()
                 if self.on_step:
                     self.on_step(record)
                 last = self.step == self.settings.steps or interrupted.is_set()
                 if last or self.step % self.settings.save_every == 0 or self.step in self.snapshots:
-                    self._save()
+                    with self._explained():
+                        self._save()
                 if interrupted.is_set():
                     raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from here")
         self.model.eval()
@@ -186,11 +190,7 @@ class Trainer:
         loss = math.fsum(self._backward(part, part.scored / scored) for part in parts)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip).item()
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(
-                f"after step {self.step} the loss is {loss} and the norm of its gradient {norm}, expected numbers: the "
-                f"last checkpoint in {self.folder} is still good, go on from it with a learning rate below "
-                f"{self.settings.learning_rate}."
-            )
+            raise self._diverged(f"the loss is {loss} and the norm of its gradient {norm}")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -200,6 +200,12 @@ class Trainer:
             record["validation"] = mean_loss(self.model, self.validation.batches)
         record["seconds"] = round(time.perf_counter() - started, 3)
         return record
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"after step {self.step} {what}, expected numbers: the last checkpoint in {self.folder} is still good, go "
+            f"on from it with a learning rate below {self.settings.learning_rate}."
+        )
 
     def _backward(self, batch: Batch, weight: float) -> float:
         half = self.settings.precision == "bfloat16"
@@ -220,6 +226,10 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the checkpoint under another name, then rename it: under its own name it is always whole."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise self._diverged("a weight is infinite or no number")
+        with open(self.folder / "metrics.jsonl", "a") as metrics:
+            os.fsync(metrics.fileno())  # a checkpoint never says more than the metrics, even after a power cut
         unfinished = self.folder / "unfinished"
         for left in [unfinished, *self.folder.glob(".unfinished.*")]:  # by a run that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
@@ -237,7 +247,24 @@ class Trainer:
         finished = self.folder / f"step-{self.step}"
         shutil.rmtree(finished, ignore_errors=True)
         unfinished.rename(finished)
+        for later in checkpoints(self.folder):  # which could not be read
+            if step_of(later) > self.step:
+                shutil.rmtree(later)
         self._remove_old()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong when the run is written, whatever the library that writes, as one sentence."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            kept = checkpoints(self.folder)
+            raise OSError(
+                f"{self.folder} cannot be written at step {self.step} ({reason}): make room, or get leave to write; "
+                f"the same command goes on from {kept[-1].name if kept else 'the beginning'}."
+            ) from error
 
     def _write(self, folder: Path) -> None:
         """Write what is trained; what trains only a part of a model overrides this and the next."""
@@ -253,15 +280,29 @@ class Trainer:
         self.model.load_state_dict(saved.state_dict())
 
     def _remove_old(self) -> None:
-        for old in checkpoints(self.folder)[:-2]:
-            if int(old.name.removeprefix("step-")) not in self.snapshots:
+        for old in [path for path in checkpoints(self.folder) if step_of(path) <= self.step][:-2]:
+            if step_of(old) not in self.snapshots:
                 shutil.rmtree(old)
 
     def _resume(self) -> None:
-        """Take up the newest checkpoint, and cut off what `metrics.jsonl` says about later steps."""
-        if found := checkpoints(self.folder):
-            self._take_up(found[-1])
-            self._remove_old()  # a run that was killed while it did so
+        """Take up the newest checkpoint that can be read, and cut off what `metrics.jsonl` says about later steps.
+
+        Raises ValueError, with what is wrong with the newest, when none can be.
+        """
+        faults = []
+        for checkpoint in reversed(checkpoints(self.folder)):
+            try:
+                self._take_up(checkpoint)
+            except ValueError as error:
+                faults.append(error)
+                continue
+            if faults:
+                print(f"minillama: {faults[0]} Going on from {checkpoint.name}.", file=sys.stderr)
+            break
+        else:
+            if faults:
+                raise faults[0]
+        self._remove_old()  # a run that was killed while it did so
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines()[: self.step] if path.exists() else []
         self.records = [json.loads(line) for line in lines]
@@ -276,10 +317,10 @@ class Trainer:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"{checkpoint / 'trainer.pt'} cannot be read ({type(error).__name__}), expected the state of a run: "
-                f"delete the folder {checkpoint.name} to go on from the checkpoint before."
+                f"delete the folder {checkpoint.name}."
             ) from error
         for name, value in asdict(self.settings).items():
-            if state["settings"][name] != value:
+            if state["settings"].get(name, value) != value:
                 raise ValueError(
                     f"{self.folder} holds a run with {name} {state['settings'][name]}, not {value}: "
                     f"go on with the same settings, or choose another folder."
@@ -293,7 +334,12 @@ class Trainer:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(Path(folder).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(Path(folder).glob("step-*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 @contextlib.contextmanager

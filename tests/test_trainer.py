@@ -1,16 +1,21 @@
 """Training: the schedule, the optimizers, accumulation, and that nothing is lost when a run is stopped or killed."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from minillama.cli import main
 from minillama.config import ModelConfig
 from minillama.data import Batch, Validation, stack
 from minillama.loss import IGNORE, cross_entropy
@@ -20,7 +25,7 @@ from minillama.trainer import Trainer, TrainSettings, checkpoints, make_optimize
 CONFIG = ModelConfig(
     dim=24, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=6, ffn_dim=20,
     vocab_size=31, max_seq_len=64, tie_embeddings=True,
-)
+)  # fmt: skip
 SETTINGS = TrainSettings(steps=24, warmup=3, learning_rate=0.01, save_every=3, validate_every=5)
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["minillama.trainer"])
@@ -47,6 +52,16 @@ def train_in_child(folder: Path, delay: float) -> None:
         os._exit(130)
 
 
+def run_with_one_thread(trainer: Trainer) -> None:
+    """As in the child, so that the bits are the same."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trainer.run()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def what_remains(trainer: Trainer) -> tuple[dict, list]:
     records = [{k: v for k, v in record.items() if k != "seconds"} for record in trainer.records]
     return trainer.model.state_dict(), records
@@ -62,11 +77,8 @@ def assert_same_run(one: Trainer, other: Trainer) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Trainer:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     trainer = make_trainer(tmp_path_factory.mktemp("whole"))
-    trainer.run()
-    torch.set_num_threads(threads)
+    run_with_one_thread(trainer)
     return trainer
 
 
@@ -76,32 +88,27 @@ def test_the_loss_falls_and_the_records_say_so(uninterrupted):
     assert [r["step"] for r in uninterrupted.records if "validation" in r] == [5, 10, 15, 20, 24]
 
 
-def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not(uninterrupted, tmp_path):
+def test_a_run_killed_at_50_random_moments_and_resumed_equals_one_that_was_not(uninterrupted, tmp_path):
     rng = random.Random(time.time_ns())  # other moments in every run of the tests
-    kills, metrics = 0, tmp_path / "metrics.jsonl"
-    while kills < 8:
-        done = int(checkpoints(tmp_path)[-1].name.removeprefix("step-")) if checkpoints(tmp_path) else 0
-        goal, deadline = done + rng.randint(1, 7), time.time() + 120
-        child = forkserver.Process(target=train_in_child, args=(tmp_path, 0.02))
+    unfinished, in_writing = tmp_path / "unfinished", 0
+    for kill in range(50):
+        child = forkserver.Process(target=train_in_child, args=(tmp_path, 0.01))
         child.start()
-        while child.is_alive() and time.time() < deadline:
-            if metrics.exists() and len(metrics.read_text().splitlines()) >= min(goal, 24):
-                break
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.06))  # in the middle of a step, or of writing a checkpoint
-        if child.exitcode is not None:
-            break
-        os.kill(child.pid, signal.SIGKILL)
+        if kill % 2:  # while it writes a checkpoint; else at any moment, as early as before its first line
+            deadline = time.time() + 20
+            while not unfinished.exists() and child.is_alive() and time.time() < deadline:
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.004))
+        else:
+            time.sleep(rng.uniform(0, 0.3))
+        child.kill()
         child.join()
-        kills += 1
+        in_writing += unfinished.exists()
     resumed = make_trainer(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    resumed.run()
-    torch.set_num_threads(threads)
-    assert kills > 2
+    run_with_one_thread(resumed)
+    assert in_writing > 3
     assert_same_run(uninterrupted, resumed)
-    assert not list(tmp_path.glob(".unfinished*")) and len(checkpoints(tmp_path)) == 2
+    assert not unfinished.exists() and len(checkpoints(tmp_path)) == 2
 
 
 def test_ctrl_c_finishes_the_step_saves_and_the_run_goes_on(uninterrupted, tmp_path):
@@ -115,11 +122,8 @@ def test_ctrl_c_finishes_the_step_saves_and_the_run_goes_on(uninterrupted, tmp_p
     assert child.exitcode == 130
     stopped = int(checkpoints(tmp_path)[-1].name.removeprefix("step-"))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == stopped < 24
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     resumed = make_trainer(tmp_path)
-    resumed.run()
-    torch.set_num_threads(threads)
+    run_with_one_thread(resumed)
     assert_same_run(uninterrupted, resumed)
 
 
@@ -130,7 +134,7 @@ def test_snapshots_are_kept_and_other_checkpoints_are_not(tmp_path):
 
 @pytest.mark.parametrize("change", [{"learning_rate": 0.02}, {"steps": 30}, {"optimizer": "adamw"}])
 def test_other_settings_are_not_mixed_into_a_run(uninterrupted, change):
-    (name, value), = change.items()
+    ((name, value),) = change.items()
     settings = TrainSettings(**{**vars(SETTINGS), **change})
     with pytest.raises(ValueError, match=rf"{name} {getattr(SETTINGS, name)}, not {value}"):
         make_trainer(uninterrupted.folder, settings).run()
@@ -143,11 +147,107 @@ def test_another_model_is_not_mixed_into_a_run(uninterrupted):
         Trainer(other, None, batches, SETTINGS, uninterrupted.folder).run()
 
 
-def test_a_damaged_state_names_the_folder_to_delete(tmp_path):
-    make_trainer(tmp_path, TrainSettings(steps=4, warmup=0, save_every=2)).run()
-    (tmp_path / "step-4" / "trainer.pt").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(ValueError, match="delete the folder step-4"):
-        make_trainer(tmp_path, TrainSettings(steps=4, warmup=0, save_every=2)).run()
+@pytest.mark.parametrize("file", ["trainer.pt", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_a_newest_checkpoint_that_was_cut_off_is_named_and_the_one_before_is_taken(
+    uninterrupted, tmp_path, capsys, file, share
+):
+    shutil.copytree(uninterrupted.folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "step-24" / file
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    torch.manual_seed(9)
+    resumed = make_trainer(tmp_path)
+    run_with_one_thread(resumed)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minillama: ")]
+    assert str(path) in said and said.endswith("Going on from step-21.")
+    assert_same_run(uninterrupted, resumed)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-21", "step-24"]
+    assert make_trainer(tmp_path).run() is None and capsys.readouterr().err.count("Going on") == 0
+
+
+def test_where_no_checkpoint_can_be_read_the_newest_is_named_and_nothing_is_touched(tmp_path):
+    settings = TrainSettings(steps=4, warmup=0, save_every=2)
+    make_trainer(tmp_path, settings).run()
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    for checkpoint in checkpoints(tmp_path):
+        (checkpoint / "trainer.pt").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(ValueError, match="step-4.trainer.pt cannot be read.*delete the folder step-4"):
+        make_trainer(tmp_path, settings).run()
+    assert len(checkpoints(tmp_path)) == 2 and (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_new_checkpoint_is_kept_though_later_ones_that_cannot_be_read_are_there(tmp_path):
+    make_trainer(tmp_path, snapshots=(3,)).run()
+    for checkpoint in checkpoints(tmp_path)[1:]:
+        (checkpoint / "trainer.pt").unlink()
+    trainer = make_trainer(tmp_path, snapshots=(3, 4))
+
+    def stop(record):
+        if record["step"] == 5:
+            raise SystemExit
+
+    trainer.on_step = stop
+    with pytest.raises(SystemExit):
+        trainer.run()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-3", "step-4"]
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """What is written beyond it fails, as on a disk that is full."""
+    import resource  # Windows has none
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    folder.chmod(0o555)
+    if root := os.geteuid() == 0:  # to whom no folder is closed
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits and rights of POSIX")
+@pytest.mark.parametrize("trouble", ["metrics", "weights", "state", "rights"])
+def test_a_disk_that_cannot_be_written_stops_the_run_in_one_sentence_and_loses_nothing(uninterrupted, trouble):
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        trainer = make_trainer(Path(folder))
+        whole = uninterrupted.folder / "step-24"
+        weights, state = ((whole / name).stat().st_size for name in ("model.safetensors", "trainer.pt"))
+        assert 8000 < weights < state
+
+        def break_it(record):
+            if record["step"] == 7:
+                if trouble == "rights":
+                    stack.enter_context(read_only(trainer.folder))
+                else:
+                    size = {"metrics": 900, "weights": weights - 100, "state": state - 100}[trouble]
+                    stack.enter_context(files_of_at_most(size))
+
+        trainer.on_step = break_it
+        with pytest.raises(OSError) as stopped:
+            trainer.run()
+        stack.close()
+        step = 9 if trouble in ("weights", "state") else 8
+        reason = "Permission denied" if trouble == "rights" else "File too large"
+        sentence = str(stopped.value)
+        assert sentence.startswith(f"{folder} cannot be written at step {step} (") and reason in sentence
+        assert sentence.endswith("the same command goes on from step-6.") and "\n" not in sentence
+        assert not (trainer.folder / "unfinished").exists()
+        resumed = make_trainer(trainer.folder)
+        run_with_one_thread(resumed)
+        assert_same_run(uninterrupted, resumed)
 
 
 class Canary:
@@ -180,6 +280,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tm
     whole = make_trainer(tmp_path)
     whole.run()
     assert whole.step == 24 and all(torch.isfinite(p).all() for p in whole.model.parameters())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_the_command_says_it_in_one_sentence_with_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minillama.cli.train.VALIDATION_STORIES", 2)
+    with pytest.raises(SystemExit) as stopped, files_of_at_most(100_000):
+        main(["train", "--steps", "1", "--batch-size", "1", "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minillama: ")]
+    assert "cannot be written at step 1" in sentence and sentence.endswith("goes on from the beginning.")
+
+
+def test_a_checkpoint_never_holds_a_weight_that_is_no_number(tmp_path):
+    trainer = make_trainer(tmp_path)
+
+    def break_it(record):
+        if record["step"] == 6:
+            trainer.model.norm.weight.data[3] = torch.inf
+
+    trainer.on_step = break_it
+    with pytest.raises(FloatingPointError, match="after step 6 a weight is infinite or no number"):
+        trainer.run()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-3"]
 
 
 def test_accumulated_parts_give_the_step_of_one_big_batch(tmp_path):
@@ -218,7 +341,7 @@ def test_each_parameter_has_one_optimizer_and_norms_do_not_decay(optimizer):
     "wrong", [{"steps": 0}, {"warmup": 2000}, {"learning_rate": 0.0}, {"optimizer": "sgd"}, {"precision": "fp8"}]
 )
 def test_settings_that_cannot_work_are_refused_with_their_value(wrong):
-    (name, value), = wrong.items()
+    ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=rf"{name}.*{value}"):
         TrainSettings(**wrong)
 
