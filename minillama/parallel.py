@@ -7,13 +7,20 @@ brought together while it computes. tp: the matrices of a block are cut, and eac
 """
 
 import os
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -22,7 +29,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from minillama.attention import Attention
 from minillama.config import ModelConfig
+from minillama.data import Batch
 from minillama.model import Llama
 
 # How a block's matrices are cut. By columns: a process has some outputs (some heads, some of the hidden width), and
@@ -110,12 +119,12 @@ def make_mesh(layout: Layout, device: str) -> DeviceMesh:
     return init_device_mesh(device, (layout.dp, layout.fsdp, layout.tp), mesh_dim_names=("dp", "fsdp", "tp"))
 
 
-def distribute(model: Llama, layout: Layout, half: bool = False) -> DeviceMesh:
+def distribute(model: Llama, layout: Layout, half: bool = False) -> "Team":
     """Share a model out among the processes, in place; its parameters become DTensors with their names and shapes.
 
     Every process gives the same weights. `half`: weights are sent to where they are needed in bf16, and a block's
     matrices are never there in fp32 as a whole. Optimizers are made afterwards. dp is fsdp with one share: the same
-    code, in which each process keeps all. Returns the grid. Raises ValueError if the layout does not suit the model.
+    code, in which each process keeps all. Raises ValueError if the layout does not suit the model.
     Source: Zhao et al. 2023, "PyTorch FSDP".
     """
     layout.check(model.config)
@@ -127,7 +136,7 @@ def distribute(model: Llama, layout: Layout, half: bool = False) -> DeviceMesh:
     for block in model.blocks:
         fully_shard(block, mesh=data, mp_policy=policy if half else MixedPrecisionPolicy())
     fully_shard(model, mesh=data)
-    return mesh
+    return Team(mesh)
 
 
 def cut(model: Llama, mesh: DeviceMesh) -> None:
@@ -144,6 +153,100 @@ def cut(model: Llama, mesh: DeviceMesh) -> None:
     )
     styles["blocks.*.feedforward"] = PrepareModuleInput(input_layouts=(whole,), desired_input_layouts=(whole,))
     parallelize_module(model, mesh, styles)
-    for block in model.blocks:
-        block.attention.n_heads //= mesh.size()
-        block.attention.n_kv_heads //= mesh.size()
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            layer.n_heads, layer.n_kv_heads = layer.n_heads // mesh.size(), layer.n_kv_heads // mesh.size()
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run as a grid (dp, fsdp, tp): what they have to settle among themselves at every step."""
+
+    mesh: DeviceMesh
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that speaks for all: it shows the bar and writes down what is not shared out."""
+        return dist.get_rank() == 0
+
+    def share(self, batch: Batch) -> tuple[Batch, int]:
+        """Of a batch that all have, the rows that fall to this process, and how many of their targets count.
+
+        Who has nothing to score reads a row for nothing, since the others need its share of the weights.
+        """
+        dp, fsdp, tp = self.mesh.shape
+        part = dist.get_rank() // tp
+        rows = [None if t is None else t[part :: dp * fsdp] for t in (batch.inputs, batch.targets, batch.segments)]
+        mine = Batch(*rows)  # type: ignore[arg-type]
+        if count := mine.scored:
+            return mine, count
+        return Batch(batch.inputs[:1], batch.inputs[:1], None if batch.segments is None else batch.segments[:1]), 0
+
+    def total(self, value: float) -> float:
+        """The sum of a number over the shares of the batch; the same bits everywhere."""
+        number = torch.tensor(value, dtype=torch.float64, device=self.mesh.device_type)
+        dist.all_reduce(number)
+        return number.item() / self.mesh["tp"].size()
+
+    def mean_weight(self, counted: int, scored: int) -> float:
+        """What the mean loss over `counted` of `scored` targets weighs, when gradients are averaged over the shares."""
+        dp, fsdp, _ = self.mesh.shape
+        return counted / scored * dp * fsdp
+
+
+def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
+    """Scale the gradients so that their norm as a whole is at most `largest`; the norm before that, ().
+
+    What is cut lies on another grid than what is not, and PyTorch adds up norms on one grid.
+    """
+    grids: dict[DeviceMesh, list[Tensor]] = {}
+    for p in parameters:
+        assert isinstance(p.grad, DTensor), "the model is shared out"
+        grids.setdefault(p.grad.device_mesh, []).append(p)
+    norms: list[Any] = [
+        nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in grids.values()
+    ]
+    norm = torch.linalg.vector_norm(torch.stack([one.full_tensor() for one in norms]))
+    for some in grids.values():
+        nn.utils.clip_grads_with_norm_(some, largest, norm)
+    return norm
+
+
+class SharedMuon(torch.optim.Muon):
+    """Muon for matrices that are shared out. To make a step orthogonal takes the whole matrix: it is gathered, every
+    process does all of that work, and keeps its share. The momentum stays shared out."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.data))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                whole = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=p.device))
+                whole.grad = p.grad.lerp(momentum, group["momentum"]).full_tensor()
+                kept = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+                torch.optim.Muon([whole], weight_decay=0, momentum=0, nesterov=False, **kept).step()
+                everywhere = DTensor.from_local(whole.data, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(everywhere.redistribute(placements=p.placements))
+
+
+def write(files: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    """Write named tensors into safetensors files, which show no trace of how they were shared out.
+
+    Every process writes what it holds; then the first puts that together, so the disk sees each byte twice, and no
+    memory ever holds the whole. Raises CheckpointException in all of them if one of them cannot write.
+    """
+    numbers = {name: i for i, tensors in enumerate(files.values(), 1) for name in tensors}
+    writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True, enable_consolidation=True)
+    checkpoint.save({name: t for tensors in files.values() for name, t in tensors.items()}, storage_writer=writer)
+    if dist.get_rank() == 0:
+        for i, file in enumerate(files, 1):
+            (folder / f"model-{i:05}-of-{len(files):05}.safetensors").rename(folder / file)
+        (folder / "model.safetensors.index.json").unlink()
+        shutil.rmtree(folder / "sharded")
+    dist.barrier()
+
+
+def read(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Fill named tensors from the safetensors files in a folder; each process reads its shares alone."""
+    checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
