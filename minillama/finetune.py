@@ -11,6 +11,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,8 +194,12 @@ class ChatBatches:
 class TaskBatches:
     """New tasks from the toy world at every step, each chat about a new story, of kinds drawn from `kinds`.
 
-    Raises ValueError for a kind that the world does not have.
+    Questions and translations are learned from excerpts too, three chats in four: where a few sentences hold the
+    answer, what to look at is soon found, and then found again among many. Raises ValueError for a kind that the world
+    does not have.
     """
+
+    EXCERPTS = 0.75
 
     def __init__(self, tokenizer: Tokenizer, kinds: Sequence[str], batch_size: int, seed: int = 0):
         _check_kinds(kinds)
@@ -202,7 +207,11 @@ class TaskBatches:
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"{self.seed}:{step}")
-        return pack([task_row(self.tokenizer, self.kinds, rng) for _ in range(self.batch_size)], self.tokenizer.pad_id)
+        rows = [
+            task_row(self.tokenizer, self.kinds, rng, excerpt=rng.random() < self.EXCERPTS)
+            for _ in range(self.batch_size)
+        ]
+        return pack(rows, self.tokenizer.pad_id)
 
 
 def task_chat(tasks: Sequence[world.Task]) -> list[dict[str, str]]:
@@ -218,11 +227,19 @@ def task_chat(tasks: Sequence[world.Task]) -> list[dict[str, str]]:
     return messages
 
 
-def task_row(tokenizer: Tokenizer, kinds: Sequence[str], rng: random.Random, heldout: bool = False) -> Row:
+def task_row(
+    tokenizer: Tokenizer, kinds: Sequence[str], rng: random.Random, heldout: bool = False, excerpt: bool = False
+) -> Row:
     """A chat about a new story, of a kind drawn from `kinds`. Questions are asked all, one after the other, in any
-    order: each is learned from the same reading of the story."""
+    order: each is learned from the same reading of the story.
+
+    With `excerpt`, questions and translations are about a few of its sentences alone, where these can be answered.
+    """
     kind = rng.choice(kinds)
-    tasks = [task for task in world.tasks(world.sample(rng, heldout)) if task.kind == kind]
+    story = world.sample(rng, heldout)
+    tasks = [task for task in world.tasks(story) if task.kind == kind]
+    if excerpt:  # a sentence may answer no question: then the story is told whole
+        tasks = [task for task in world.excerpt(story, rng) if task.kind == kind] or tasks
     rng.shuffle(tasks)
     return chat_row(tokenizer, task_chat(tasks))
 
@@ -242,6 +259,27 @@ def task_validation(
 def _check_kinds(kinds: Sequence[str]) -> None:
     if isinstance(kinds, str) or not kinds or set(kinds) - set(KINDS):
         raise ValueError(f"the kinds of tasks are {kinds!r:.80}, expected a list of some of {', '.join(KINDS)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All weights, or new ones.
+
+
+def renew(model: Llama, blocks: int, seed: int = 0) -> Llama:
+    """Give the last `blocks` of a model's blocks the weights of a new model, in place; returns the model.
+
+    What they had learned is learned for one end, and heads that look at one place firmly hardly move. For a task that
+    asks to look elsewhere it can be quicker to keep the words and the first blocks alone. Raises ValueError for a
+    number that is not from 1 to all. Source: Zhang et al. 2021, "Revisiting Few-sample BERT Fine-tuning", section 5.
+    """
+    if not 1 <= blocks <= model.config.n_layers:
+        raise ValueError(f"{blocks} blocks are to be new, expected 1 to {model.config.n_layers}, which the model has.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = Llama(replace(model.config, n_layers=blocks))
+    for block, begin in zip(model.blocks[-blocks:], new.blocks, strict=True):
+        block.load_state_dict(begin.state_dict())
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

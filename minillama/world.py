@@ -200,8 +200,14 @@ _WHY = {
     "hidden": {"happy": "{friend} found the {colour} {thing}", "proud": "{friend} had to give up"},
     "rescue": {"proud": "the {animal} was safe at last", "sad": "the {animal} would not let them help"},
     "gift": {"proud": "{friend} and the {animal} hugged {them}", "sad": "rain had spoiled the {colour} {thing}"},
-    "taken": {"happy": "the {animal} gave the {colour} {thing} back", "angry": "the {animal} kept the {colour} {thing}"},
-    "storm": {"happy": "the {colour} {thing} was wet but whole", "sad": "only a piece of the {colour} {thing} was left"},
+    "taken": {
+        "happy": "the {animal} gave the {colour} {thing} back",
+        "angry": "the {animal} kept the {colour} {thing}",
+    },
+    "storm": {
+        "happy": "the {colour} {thing} was wet but whole",
+        "sad": "only a piece of the {colour} {thing} was left",
+    },
     "swapped": {"happy": "{friend} was waiting {spot}", "sorry": "{friend} could not find the {colour} {thing}"},
     "truth": {"proud": "{they} said who broke the {item}", "sorry": "{they} lied about the {item}"},
 }
@@ -287,6 +293,21 @@ def tasks(story: Story) -> list[Task]:
         Task("summary", told + "Say it in one sentence.", _fill(summary, facts)),
         Task("translation", told + "Say it in Chinese.", story.chinese),
     ]
+
+
+def excerpt(story: Story, rng: random.Random) -> list[Task]:
+    """What can be asked about one to six of the story's sentences, drawn by `rng`, that stand one after the other:
+    questions whose answers are there in words, and the translation. Both languages have a sentence for a sentence."""
+    english = re.findall(r'.+?[.!?]"?(?: |$)', story.text)
+    chinese = re.findall(r".+?[。！？]”?", story.chinese)
+    count = rng.randint(1, 6)
+    first = rng.randrange(len(english) - count + 1)
+    text = "".join(english[first : first + count]).strip()
+    found = [Task("translation", f"{text}\nSay it in Chinese.", "".join(chinese[first : first + count]))]
+    for task in tasks(story):
+        if task.kind == "question" and task.answer.removeprefix("because ") in text:
+            found.append(Task("question", text + "\n" + task.prompt.rpartition("\n")[2], task.answer))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,7 +457,9 @@ class Grammar:
             if word in words or not reader.sees(word.english):
                 continue
             if word in facts.values():
-                raise Fault(f"{word.english!r} is in the story already, expected another of the {among}", reader.position)
+                raise Fault(
+                    f"{word.english!r} is in the story already, expected another of the {among}", reader.position
+                )
             colour = facts["colour"].english
             kept = "held out" if held_out(colour, word.english) else "not held out"
             raise Fault(f"the {colour} {word.english} is {kept}, expected another of the {among}", reader.position)

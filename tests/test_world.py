@@ -583,6 +583,23 @@ def test_there_are_five_kinds_of_tasks_and_their_answers_are_right(heldout, stor
             assert all(re.search(rf"\b{words}\b", story.text, re.IGNORECASE) for words in said), answer
 
 
+def test_an_excerpt_is_some_of_the_storys_sentences_with_what_they_answer(stories):
+    for number, story in enumerate(stories[False][:300]):
+        asked = world.excerpt(story, random.Random(number))
+        (translation,) = [task for task in asked if task.kind == "translation"]
+        text = translation.prompt.removesuffix("\nSay it in Chinese.")
+        assert text in story.text and translation.answer in story.chinese
+        assert 1 <= len(re.findall(r"[.!?]", text)) == len(re.findall(r"[。！？]", translation.answer)) <= 6
+        whole = {task.prompt.rpartition("\n")[2]: task.answer for task in world.tasks(story)}
+        for task in asked:
+            told, _, question = task.prompt.rpartition("\n")
+            assert told == text
+            if task.kind == "question":
+                assert whole[question] == task.answer and task.answer.removeprefix("because ") in text
+    texts = {world.excerpt(stories[False][0], random.Random(n))[0].prompt for n in range(200)}
+    assert len(texts) > 40
+
+
 def test_the_text_alone_tells_every_answer():
     for heldout in (False, True):
         for seed in range(200):

@@ -26,6 +26,9 @@ def finetune(
     task: Annotated[
         str | None, option("Data", "Or the toy world's: mood, question, summary, translation, story; left out: all.")
     ] = None,
+    renew: Annotated[
+        int | None, option("Model", "Blocks, the last ones, that begin anew; for what a model resists to learn.", min=1)
+    ] = None,
     lora: Annotated[int | None, option("LoRA", "Train corrections of this rank only; left out: all weights.")] = None,
     alpha: Annotated[float | None, option("LoRA", "They count alpha / rank times; left out: twice the rank.")] = None,
     targets: Annotated[
@@ -49,6 +52,7 @@ def finetune(
     [bold]Examples[/bold]
       minillama finetune
       minillama finetune --task mood --steps 250 --learning-rate 4e-3
+      minillama finetune --task question --renew 2
       minillama finetune --checkpoint smollm2 --data chats.jsonl --lora 8
       minillama chat --checkpoint smollm2 --adapter runs/smollm2-chats-lora/step-500
     """
@@ -62,8 +66,11 @@ def finetune(
             raise ValueError(
                 f"{name} is {value}, but there is no --lora that it is meant for: give one, or leave it out."
             )
+    if renew is not None and lora is not None:
+        raise ValueError(f"--renew is {renew} and --lora is {lora}, but LoRA keeps all weights: leave one of them out.")
     import torch
 
+    from minillama import finetune as tuning
     from minillama.checkpoint.load import check_device
     from minillama.checkpoint.memory import free_memory
     from minillama.data import Validation
@@ -108,7 +115,7 @@ def finetune(
         print(f"{cut} chats to learn from; the last {len(rows) - cut} are held out to validate with.", file=sys.stderr)
     name = f"{Path(checkpoint).stem}-{task or data.stem}" + ("" if lora is None else "-lora")  # type: ignore[union-attr]
     out = out or Path("runs") / name
-    run = {"checkpoint": checkpoint, "seed": seed, "batch_size": batch_size,
+    run = {"checkpoint": checkpoint, "seed": seed, "batch_size": batch_size, "renew": renew,
            "data": f"{task or data} {hashlib.sha256(content.numpy().tobytes()).hexdigest()[:8]}"}  # fmt: skip
     torch.manual_seed(seed)
     kind = Trainer
@@ -116,6 +123,8 @@ def finetune(
         alpha, chosen = 2 * lora if alpha is None else alpha, (targets or "wq,wv").split(",")
         model, kind = add_lora(model, lora, alpha, chosen), LoraTrainer
         run |= {"lora": lora, "alpha": alpha, "targets": ",".join(chosen)}
+    if renew is not None:
+        model = tuning.renew(model, renew, seed)
     claim(out, run)
     trainer = kind(model, tokenizer, batches, settings, out, validation)
     try:
