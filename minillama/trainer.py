@@ -27,9 +27,11 @@ from tqdm.auto import tqdm
 
 from minillama.checkpoint import load, save
 from minillama.data import Batch, Validation
-from minillama.loss import cross_entropy
+from minillama.loss import cross_entropy, head_cross_entropy
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
+
+MANY = 2**24  # logits that a batch may have before they are made a few rows at a time: fewer are quicker as a whole
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,12 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean loss of a batch in nats per scored token, ()."""
     device = next(model.parameters()).device
     packed = {} if batch.segments is None else {"segments": batch.segments.to(device)}
-    return cross_entropy(model(batch.inputs.to(device), **packed), batch.targets.to(device))
+    inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+    # A model shared out among processes is of another class: its head is only there while it is called.
+    if type(model) is Llama and targets.numel() * model.config.vocab_size > MANY:
+        head = model.embedding if model.output is None else model.output
+        return head_cross_entropy(model.hidden(inputs, segments=packed.get("segments")), head.weight, targets)
+    return cross_entropy(model(inputs, **packed), targets)
 
 
 @torch.no_grad()

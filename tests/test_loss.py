@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillama.loss import IGNORE, cross_entropy, perplexity
+from minillama import loss as loss_module
+from minillama.loss import IGNORE, cross_entropy, head_cross_entropy, perplexity
 
 
 def case(shape: tuple[int, ...] = (3, 5), vocab: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,6 +80,90 @@ def test_gradient():
     scored = (targets != IGNORE).unsqueeze(-1)
     one_hot = F.one_hot(targets.clamp_min(0), 5)
     torch.testing.assert_close(grad, (logits.softmax(-1) - one_hot) * scored / scored.sum())
+
+
+@pytest.fixture(params=[1, 4, 15, 512])
+def rows(request, monkeypatch):
+    """15 vectors in chunks of as many rows: one each, the last one shorter, all in one."""
+    monkeypatch.setattr(loss_module, "ROWS", request.param)
+
+
+def head_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    targets = torch.randint(11, (3, 5))
+    targets[0, 1] = targets[2, 4] = IGNORE
+    return torch.randn(3, 5, 7, requires_grad=True), torch.randn(11, 7, requires_grad=True), targets
+
+
+def test_a_head_in_chunks_has_the_loss_and_the_gradients_of_all_logits_at_once(rows):
+    x, head, targets = head_case()
+    expected = F.cross_entropy((x @ head.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    found = head_cross_entropy(x, head, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    both = [torch.autograd.grad(3 * loss, (x, head)) for loss in (found, expected)]
+    for ours, reference in zip(*both, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
+
+
+def test_a_tied_head_in_chunks_gets_both_gradients_and_a_frozen_one_none(rows):
+    _, head, targets = head_case()
+    tokens = targets.clamp_min(0)
+    both = []
+    for loss in (head_cross_entropy(head[tokens], head, targets), cross_entropy(head[tokens] @ head.T, targets)):
+        both.append(torch.autograd.grad(loss, head)[0])
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-6)
+    x = torch.randn(3, 5, 7, requires_grad=True)
+    (ours,) = torch.autograd.grad(head_cross_entropy(x, head.detach(), targets), x)
+    torch.testing.assert_close(ours, torch.autograd.grad(cross_entropy(x @ head.T, targets), x)[0])
+
+
+def test_a_head_in_chunks_under_autocast_multiplies_in_bf16_and_keeps_sums_in_fp32(rows):
+    x, head, targets = head_case()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_cross_entropy(x, head, targets)
+        expected = cross_entropy(x @ head.T, targets)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), rel=1e-6)
+    whole = F.cross_entropy((x @ head.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    for ours, reference in zip(*(torch.autograd.grad(loss, (x, head)) for loss in (found, whole)), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, reference, rtol=0, atol=0.01 * reference.abs().max().item())
+    assert not torch.equal(found, whole)
+
+
+def test_a_head_in_chunks_refuses_what_the_loss_refuses_and_takes_no_gradient_where_none_is_wanted():
+    x, head, targets = head_case()
+    with pytest.raises(ValueError, match="no target is scored: all 15 are -100"):
+        head_cross_entropy(x, head, torch.full((3, 5), IGNORE))
+    with torch.no_grad():
+        assert not head_cross_entropy(x, head, targets).requires_grad
+    targets[1, 2] = 11
+    with pytest.raises(IndexError):
+        head_cross_entropy(x, head, targets)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most numbers that any tensor held which an operation made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def test_a_head_in_chunks_never_makes_a_tensor_of_all_logits(monkeypatch):
+    monkeypatch.setattr(loss_module, "ROWS", 32)
+    x, head = torch.randn(256, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    targets = torch.randint(1000, (256,))
+    with LargestTensor() as seen:
+        head_cross_entropy(x, head, targets).backward()
+    assert seen.numbers == 32 * 1000
+    with LargestTensor() as seen:
+        cross_entropy(x @ head.T, targets).backward()
+    assert seen.numbers == 256 * 1000
 
 
 def test_perplexity_is_the_number_of_equally_likely_tokens():

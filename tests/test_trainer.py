@@ -1,6 +1,7 @@
 """Training: the schedule, the optimizers, accumulation, and that nothing is lost when a run is stopped or killed."""
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from minillama.config import ModelConfig
 from minillama.data import Batch, Validation, stack
 from minillama.loss import IGNORE, cross_entropy
 from minillama.model import Llama
-from minillama.trainer import Trainer, TrainSettings, checkpoints, make_optimizers, mean_loss, rate_at
+from minillama.trainer import Trainer, TrainSettings, batch_loss, checkpoints, make_optimizers, mean_loss, rate_at
 
 CONFIG = ModelConfig(
     dim=24, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=6, ffn_dim=20,
@@ -354,6 +355,20 @@ def test_the_mean_loss_counts_each_token_once():
     counts = [int((b.targets != IGNORE).sum()) for b in (small, large)]
     total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
     assert mean_loss(model, [small, large]) == pytest.approx(total / 9, rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_batch_with_very_many_logits_trains_as_any_other(monkeypatch, tied):
+    torch.manual_seed(3)
+    model, batch = Llama(dataclasses.replace(CONFIG, tie_embeddings=tied)), batches(0)
+    gradients = []
+    for many in (2**24, batch.targets.numel() * 31 - 1):
+        monkeypatch.setattr("minillama.trainer.MANY", many)
+        loss = batch_loss(model, batch)
+        assert ("HeadCrossEntropy" in loss.grad_fn.next_functions[0][0].name()) == (many < 2**24)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for whole, chunked in zip(*gradients, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
 
 
 def test_bf16_training_keeps_the_weights_in_fp32_and_learns(tmp_path):
