@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillama import load, world
+from minillama import ModelConfig, load, world
 from minillama.course import case, check, hint, report
 from minillama.model import Block
-from minillama.rope import rotation
+from minillama.rope import frequencies, rotation
 
 # %% [markdown] exercise="16.1"
 # `all_reduce_mean(sums, counts)`: n ranks stand in a ring, rank r sends to rank r + 1, and the last one to rank 0. Of each there is
@@ -99,16 +99,16 @@ def adam_bytes(shapes: list[tuple[int, ...]], ranks: int, stage: int, precision:
 
 
 # %% [markdown]
-# The toy on 1 to 64 ranks at stage 3: where does it stop getting smaller, and why?
+# The toy at stage 3: where does one more rank no longer help, and why?
 
 # %% tags=["nbval-ignore-output"]
 model, tokenizer = load("toy")
 shapes = [tuple(parameter.shape) for parameter in model.parameters()]
 try:
-    for ranks in (1, 2, 4, 8, 16, 64):
+    for ranks in (1, 4, 7, 48, 300, 2048):
         held = adam_bytes(shapes, ranks, 3, "bf16")
         even = 16 * sum(math.prod(shape) for shape in shapes) / ranks
-        print(f"{ranks:3} ranks: {sum(held.values()):>10,} bytes, {sum(held.values()) / even:.2f} × an even share")
+        print(f"{ranks:4} ranks: {sum(held.values()):>10,} bytes, {sum(held.values()) / even:.2f} × an even share")
 except NotImplementedError:
     print("Write 16.2 first.")
 
@@ -150,11 +150,11 @@ def parallel_layers(
 # `"dim"`, `"ffn_dim"`, `"n_heads"`, `"n_kv_heads"`, `"head_dim"` and `"n_layers"`; there are `batch` rows of `tokens` tokens. For each token, a
 # block keeps
 #
-# - four vectors of dim numbers: its input, the norm of it, the stream between its two halves, the norm of that;
-# - queries and attention's result, for each query head; keys and values, for each key head;
+# - three vectors of dim numbers for each of its two norms: the norm's input, that vector normalized, and that times the norm's weight;
+# - queries and attention's result, for each query head; keys and values, for each key head (not repeated for the query heads);
 # - four vectors of ffn_dim numbers: gate, SiLU of it, up, and the product of those two;
-# - in fp32, whatever the rest: one number for each of the two norms, the inverse of its root mean square, and one for each query head, the logarithm
-#   of its softmax's sum. The scores themselves are never kept.
+# - in fp32, whatever the rest: one number for each of the two norms, one by its input's root mean square, and one for each query head, the
+#   logarithm of its softmax's sum. The scores themselves are never kept.
 #
 # All but the last take `size` bytes a number. If group is 0, all of this is kept in all blocks. Otherwise the blocks are put in groups of
 # `group`, the last one smaller if they do not come out even, and of each group the forward pass keeps nothing but the input of its first
@@ -164,15 +164,16 @@ def parallel_layers(
 # → the bytes that are kept at the worst moment, when a group has just been computed once more; without groups, at the end of the forward
 # pass. A whole number.
 #
-# For example in a shape of 8, 20, 2, 1, 4 and 3 in this order a token keeps 136 numbers of size 2 and 4 in fp32 per block: 288 bytes. One row of 5 tokens
-# is 4320 bytes with group 0, and 1600 with group 1: two inputs of 16 bytes wait while the third block has its 288.
+# For example with 8, 20, 2, 1, 4 and 3 for the six keys, a token has 152 numbers of `size` bytes in a block, and 4 in fp32: at size 2
+# that is 320 bytes. One row of 5 tokens has 4800 bytes with group 0, and 1760 with group 1: two inputs of 16 bytes wait while the third
+# block has its 320.
 
 
 # %% exercise="16.4"
 def activation_bytes(shape: dict[str, int], batch: int, tokens: int, size: int, group: int) -> int:
     """shape, rows, tokens per row, bytes per number, blocks per group or 0 → bytes"""
     # <solution>
-    numbers = 4 * shape["dim"] + 4 * shape["ffn_dim"]
+    numbers = 6 * shape["dim"] + 4 * shape["ffn_dim"]
     numbers += 2 * (shape["n_heads"] + shape["n_kv_heads"]) * shape["head_dim"]
     block = size * numbers + 4 * (2 + shape["n_heads"])
     layers = shape["n_layers"]
@@ -183,6 +184,39 @@ def activation_bytes(shape: dict[str, int], batch: int, tokens: int, size: int, 
     return batch * tokens * worst
     # </solution>
 
+
+# %% [markdown]
+# Does a real block keep what you counted? PyTorch says what it saves, if it is asked. A block of minillama's in fp32 keeps what the list
+# has, and 3,840 bytes for the rotation of 40 positions, whatever the batch. But it repeats keys and values for the query heads: where there
+# are fewer key heads, that is more.
+
+
+# %% tags=["nbval-ignore-output"]
+def kept(shape: dict[str, int], batch: int, tokens: int) -> int:
+    """Bytes that a block of minillama's saves for the backward pass, besides its weights"""
+    config = ModelConfig(vocab_size=50, max_seq_len=tokens, **shape)
+    block, turn = Block(config), rotation(frequencies(config), torch.arange(tokens))
+    saved = {}
+
+    def note(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = block(torch.randn(batch, tokens, config.dim).requires_grad_(), turn, None)
+    for weight in block.parameters():
+        saved.pop(weight.untyped_storage().data_ptr(), None)
+    del y  # until here it holds all that was saved
+    return sum(saved.values())
+
+
+try:
+    for kv_heads in (6, 2):
+        shape = {"dim": 96, "ffn_dim": 260, "n_heads": 6, "n_kv_heads": kv_heads, "head_dim": 12, "n_layers": 1}
+        counted = activation_bytes(shape, 3, 40, 4, 0)
+        print(f"{kv_heads} key heads: counted {counted:,} bytes, measured {kept(shape, 3, 40):,}")
+except NotImplementedError:
+    print("Write 16.4 first.")
 
 # %% [markdown]
 # How large should a group be? LLaMA 65B, one row of 2048 tokens in bf16:

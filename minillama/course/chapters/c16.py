@@ -640,11 +640,8 @@ def _stream(shape: _Shape) -> int:
 
 def _halves(shape: _Shape, kv: str = "n_kv_heads") -> int:
     """Numbers of `size` bytes that one block keeps for each token, with its input."""
-    return (
-        4 * shape["dim"]
-        + 2 * shape["head_dim"] * (shape["n_heads"] + shape[kv])
-        + 4 * shape["ffn_dim"]
-    )  # fmt: skip
+    heads = shape["n_heads"] + shape[kv]
+    return 6 * shape["dim"] + 2 * shape["head_dim"] * heads + 4 * shape["ffn_dim"]
 
 
 def _singles(shape: _Shape) -> int:
@@ -713,10 +710,13 @@ ACTIVATIONS = Exercise(
               _more(ffn=-1)),
         Wrong("two of the four vectors of the feed-forward layer are missing: gate, SiLU of it, up, and their product.",
               _more(ffn=-2)),
-        Wrong("one of the four vectors of dim numbers is missing: what each half of the block gets, and its norm.",
-              _more(dim=-1)),
-        Wrong("two of the four vectors of dim numbers are missing: what each half of the block gets, and its norm.",
-              _more(dim=-2)),
+        Wrong("one of the six vectors of dim numbers is missing: three for each of the two norms.", _more(dim=-1)),
+        Wrong("two of the six vectors of dim numbers are missing: each of the two norms has its input, that vector "
+              "normalized, and that times the weight.", _more(dim=-2)),
+        Wrong("the vectors of one norm are missing: there are two norms, with three each.", _more(dim=-3)),
+        Wrong("both norms have only one vector of dim numbers each: expected three.", _more(dim=-4)),
+        Wrong("there is one vector of dim numbers too many: what the block adds to the stream is not kept.",
+              _more(dim=1)),
         Wrong("the numbers in fp32 are left out: one for each norm, and one for each query head.",
               _kept_as(singles=lambda shape: 0)),
         Wrong("the numbers of the softmax are left out: one for each query head, in fp32.",
@@ -775,7 +775,7 @@ ACTIVATIONS = Exercise(
         "first one? And when the first is made anew, what of the second?",
         "Count the bytes of one token in one block first, by the list. With groups, look at each of them at the moment "
         "when it is made anew: its blocks keep everything, the groups before it only what went into them.",
-        "numbers of `size` bytes: four of dim, queries and result, keys and values, four of ffn_dim · of 4 bytes: two, "
+        "numbers of `size` bytes: six of dim, queries and result, keys and values, four of ffn_dim · of 4 bytes: two, "
         "and one a head · no groups: times the blocks · groups: for each its blocks, and an input for each group "
         "before it; the largest of these · times batch and tokens.",
     ),
@@ -845,10 +845,16 @@ def _twenty(flops: Tensor, a: float, b: float, big_a: float, big_b: float, avail
     return params, read, _loss(params, read, a, b, big_a, big_b)
 
 
-def _in_numbers(flops: Tensor, *rest: float) -> _Best:
-    """Logarithms of everything."""
+def _logarithms(flops: Tensor, *rest: float) -> _Best:
     params, read, loss = _budget(flops, *rest)
     return params.log(), read.log(), loss
+
+
+def _in_singles(flops: Tensor, a: float, b: float, big_a: float, big_b: float, available: float) -> _Best:
+    budget = flops.float() / 6
+    params = _root(a, b, big_a, big_b) * budget ** (b / (a + b))
+    params, read = _less_text(budget, params, budget / params, available)
+    return params.double(), read.double(), _loss(params, read, a, b, big_a, big_b).double()
 
 
 SPLIT = Exercise(
@@ -914,7 +920,8 @@ SPLIT = Exercise(
               _budget_as(loss=lambda params, read, a, b, A, B: A / params**a)),
         Wrong("the loss has 1.69 nats added, the floor of one fit to one language: what lies above the floor is asked "
               "for.", _budget_as(loss=lambda *arguments: 1.69 + _loss(*arguments))),
-        Wrong("parameters and tokens are logarithms: expected numbers.", _in_numbers),
+        Wrong("parameters and tokens are logarithms: expected numbers.", _logarithms),
+        Wrong("it is computed in fp32, which has seven digits: expected fp64.", _in_singles),
     ),
     hints=(
         "One more percent of parameters at the same budget means one percent fewer tokens. If that lowers the loss, "
@@ -924,6 +931,7 @@ SPLIT = Exercise(
         "G: a·A by b·B, the root of order a + b · N: G times C/6 to the power of b by a + b · D: what is left · where "
         "D is above the limit: the limit, and N again from the budget · the loss at both.",
     ),
+    tolerance=1e-9,
     slow=lambda rng: (10 ** (17 + 8 * torch.rand(60_000, generator=rng, dtype=torch.float64)), 0.34, 0.28, 406.4, 410.7,
                       2e12),
 )  # fmt: skip
