@@ -40,6 +40,7 @@ DEVICES = {
 # two other approaches; Besiroglu et al. 2024 ("Chinchilla Scaling: A Replication Attempt") fit the same data again.
 LAWS = {"Hoffmann": (406.4, 410.7, 0.34, 0.28), "Besiroglu": (482.01, 2085.43, 0.3478, 0.3658)}
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, table 3, nearly the same at every size
+ROWS, MANY = 512, 2**24  # of scores: a chunk in loss.py, and where trainer.py begins to use chunks
 LONGEST = 8192  # tokens: what the published models of longer contexts are trained on for nearly all of the time
 
 
@@ -128,6 +129,7 @@ class Memory:
     copies: of weights, in the precision of products or brought together from other devices.
     activations: what the forward pass keeps for the backward pass, and what one block needs on top while it runs.
     loss: scores of the vocabulary and their gradients.
+    update: what the end of a step needs beside the gradients.
     """
 
     weights: int
@@ -136,14 +138,18 @@ class Memory:
     copies: int
     activations: int
     loss: int
+    update: int
     passes: int = 1
 
     @property
     def peak(self) -> int:
         """The most that is held at once. In a step of one pass, gradients appear as activations go."""
-        held = self.weights + self.optimizer + self.copies
-        moving = (self.gradients, self.activations + self.loss)
-        return held + (max(moving) if self.passes == 1 else sum(moving))
+        early, late = self.activations + self.loss, self.update
+        if self.passes == 1:
+            late += self.gradients
+        else:
+            early, late = early + self.gradients, late + self.gradients
+        return self.weights + self.optimizer + self.copies + max(early, late)
 
 
 @dataclass(frozen=True)
@@ -237,6 +243,7 @@ def memory_of(run: Run) -> Memory:
         copies=copies(run),
         activations=activations(run),
         loss=loss(run),
+        update=update(run),
         passes=run.passes,
     )
 
@@ -273,8 +280,25 @@ def activations(run: Run) -> int:
 
 
 def loss(run: Run) -> int:
-    """Scores of every token of the vocabulary, their log-softmax, and the gradients of both, at most three at once."""
-    return 3 * 4 * run.micro_batch * run.context * run.config.vocab_size
+    """Scores of every token of the vocabulary, their log-softmax, and the gradients of both; of the four three at once.
+
+    One device alone makes many scores in chunks of rows, where all four meet, and with each the gradients of the output
+    head and of what it reads, which it has twice when they are handed on.
+    """
+    c, tokens = run.config, run.micro_batch * run.context
+    if run.devices > 1 or tokens * c.vocab_size <= MANY:
+        return 12 * tokens * c.vocab_size
+    gradients = 4 * (c.vocab_size + tokens) * c.dim
+    return gradients + max(gradients, 16 * min(ROWS, tokens) * c.vocab_size)
+
+
+def update(run: Run) -> int:
+    """The second gradient of a table that is read at both ends, or what Muon needs for the largest matrix: the step in
+    fp32 and its powers in bf16; where it is shared out, the matrix and its gradient as a whole too."""
+    c = run.config
+    table = 4 * c.vocab_size * c.dim if c.tie_embeddings else 0
+    matrix = c.dim * max(c.ffn_dim, c.n_heads * c.head_dim) if run.optimizer == "muon" else 0
+    return max(table, matrix * (12 if run.devices == 1 else 24))
 
 
 def sent(run: Run) -> dict[str, float]:

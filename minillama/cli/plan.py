@@ -143,7 +143,8 @@ def table(run: "Run", made: "Plan") -> str:
     memory, place = made.memory, run.device
     layout = ", ".join(f"{name}={n}" for name in ("dp", "fsdp", "tp") if (n := getattr(run, name)) > 1)
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
-             "copies": memory.copies, "activations": memory.activations, "loss": memory.loss}  # fmt: skip
+             "copies": memory.copies, "activations": memory.activations, "loss": memory.loss,
+             "update": memory.update}  # fmt: skip
     return "\n".join([
         f"{made.parameters:,} parameters, on {short(run.tokens)} tokens in {run.precision} with {run.optimizer}"
         f"{' and checkpointing' if run.checkpointing else ''}",
