@@ -1,5 +1,6 @@
 """The benchmarks measure what they say, and a missed target is reported. Nothing is timed here: clocks are made up."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -75,10 +76,15 @@ def test_a_row_without_a_target_is_only_stated():
 
 def test_the_training_benchmark_runs_through_the_runner_with_a_tiny_budget(monkeypatch, capsys):
     training = pytest.importorskip("tests.benchmarks.training")
-    monkeypatch.setattr(training.ModelConfig, "preset", lambda name: TINY)
+    monkeypatch.setattr(training.ModelConfig, "preset", lambda name: dataclasses.replace(TINY, vocab_size=2048))
     monkeypatch.setattr(training, "ROWS", 2)
     monkeypatch.setattr(training, "LENGTH", 9)
-    monkeypatch.setattr(training, "TARGET", 0.0)
+    monkeypatch.setattr(training, "STEPS", 2)
+    monkeypatch.setattr(training, "CHARACTERS", {"0.8M": (dataclasses.replace(TINY, n_kv_heads=6, max_seq_len=9), 2)})
+    monkeypatch.setattr(training, "peak_flops", lambda dtype: 1e15)
+    for target in ("TARGET", "PLAIN_TARGET", "THEIRS_TARGET"):
+        monkeypatch.setattr(training, target, 0.0)
+    monkeypatch.setattr(training, "AROUND_TARGET", 1e9)
     assert runner.main(["training", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
     assert "| training the toy, fp32, against transformers " in out and "torch " in out and "not met" not in out
