@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -30,9 +30,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 from minillama.attention import Attention
+from minillama.checkpoint.files import sync
+from minillama.checkpoint.native import WEIGHTS, describe
 from minillama.config import ModelConfig
 from minillama.data import Batch
 from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
 
 # How a block's matrices are cut. By columns: a process has some outputs (some heads, some of the hidden width), and
 # needs no word from the others to compute them. By rows: it has the weights that its own outputs meet, and the partial
@@ -160,27 +163,39 @@ def cut(model: Llama, mesh: DeviceMesh) -> None:
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run as a grid (dp, fsdp, tp): what they have to settle among themselves at every step."""
+    """The processes of a run as a grid (dp, fsdp, tp): what they settle among themselves at every step.
+
+    What it does for several, `trainer.Alone` does for one.
+    """
 
     mesh: DeviceMesh
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that speaks for all: it shows the bar and writes down what is not shared out."""
+        """Whether this is the one that speaks for all: it shows the bar and writes what is not shared out."""
         return dist.get_rank() == 0
+
+    @property
+    def parts(self) -> int:
+        """Into how many shares a batch goes. Gradients are averaged over them."""
+        return self.mesh.size() // self.mesh["tp"].size()
+
+    @property
+    def muon(self) -> type[torch.optim.Muon]:
+        return SharedMuon
 
     def share(self, batch: Batch) -> tuple[Batch, int]:
         """Of a batch that all have, the rows that fall to this process, and how many of their targets count.
 
         Who has nothing to score reads a row for nothing, since the others need its share of the weights.
         """
-        dp, fsdp, tp = self.mesh.shape
-        part = dist.get_rank() // tp
-        rows = [None if t is None else t[part :: dp * fsdp] for t in (batch.inputs, batch.targets, batch.segments)]
-        mine = Batch(*rows)  # type: ignore[arg-type]
-        if count := mine.scored:
+        part = dist.get_rank() // self.mesh["tp"].size()
+        tensors = (batch.inputs, batch.targets, batch.segments)
+        inputs, targets, segments = (None if t is None else t[part :: self.parts] for t in tensors)
+        assert inputs is not None and targets is not None
+        if count := (mine := Batch(inputs, targets, segments)).scored:
             return mine, count
-        return Batch(batch.inputs[:1], batch.inputs[:1], None if batch.segments is None else batch.segments[:1]), 0
+        return Batch(batch.inputs[:1], batch.inputs[:1]), 0
 
     def total(self, value: float) -> float:
         """The sum of a number over the shares of the batch; the same bits everywhere."""
@@ -188,28 +203,69 @@ class Team:
         dist.all_reduce(number)
         return number.item() / self.mesh["tp"].size()
 
-    def mean_weight(self, counted: int, scored: int) -> float:
-        """What the mean loss over `counted` of `scored` targets weighs, when gradients are averaged over the shares."""
-        dp, fsdp, _ = self.mesh.shape
-        return counted / scored * dp * fsdp
+    def local(self, tensor: Tensor) -> Tensor:
+        """What this process has of a tensor that is shared out."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def wait(self) -> None:
+        """Until all have come so far."""
+        dist.barrier()
+
+    def clip(self, parameters: Iterable[Tensor], largest: float) -> Tensor:
+        """Scale the gradients so that their norm as a whole is at most `largest`; the norm before that, ().
+
+        What is cut lies on another grid than what is not, and PyTorch adds up norms on one grid.
+        """
+        grids: dict[DeviceMesh, list[Tensor]] = {}
+        for p in parameters:
+            assert isinstance(p.grad, DTensor), "the model is shared out"
+            grids.setdefault(p.grad.device_mesh, []).append(p)
+        norms: list[Any] = [
+            nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in grids.values()
+        ]
+        norm = torch.linalg.vector_norm(torch.stack([one.full_tensor() for one in norms]))
+        for some in grids.values():
+            nn.utils.clip_grads_with_norm_(some, largest, norm)
+        return norm
+
+    def save(self, model: Llama, tokenizer: Tokenizer | None, folder: Path) -> None:
+        """Write a checkpoint that `load` reads, into a new folder."""
+        if self.first:
+            describe(model.config, tokenizer, folder)
+        self.write(model.state_dict(), folder / WEIGHTS)
+
+    def write(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Write named tensors into a safetensors file, which shows no trace of how they were shared out.
+
+        Every process writes what it has; then the first puts that together, so that the disk sees each byte twice, and
+        no memory ever holds the whole. Raises OSError in all of them if one cannot write.
+        """
+        parts = path.with_suffix(".parts")
+        writer = HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
+        try:
+            checkpoint.save(dict(tensors), storage_writer=writer)
+        except CheckpointException as error:
+            raise OSError(_reason(error)) from None
+        if self.first:
+            (parts / "model-00001-of-00001.safetensors").rename(path)
+            sync(path)
+            shutil.rmtree(parts)
+        self.wait()
+
+    def read(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Fill named tensors from a safetensors file: each process reads its shares alone, whoever wrote them.
+
+        Raises OSError in all processes if one of them cannot read.
+        """
+        try:
+            checkpoint.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path.parent)))
+        except CheckpointException as error:
+            raise OSError(_reason(error)) from None
 
 
-def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """Scale the gradients so that their norm as a whole is at most `largest`; the norm before that, ().
-
-    What is cut lies on another grid than what is not, and PyTorch adds up norms on one grid.
-    """
-    grids: dict[DeviceMesh, list[Tensor]] = {}
-    for p in parameters:
-        assert isinstance(p.grad, DTensor), "the model is shared out"
-        grids.setdefault(p.grad.device_mesh, []).append(p)
-    norms: list[Any] = [
-        nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in grids.values()
-    ]
-    norm = torch.linalg.vector_norm(torch.stack([one.full_tensor() for one in norms]))
-    for some in grids.values():
-        nn.utils.clip_grads_with_norm_(some, largest, norm)
-    return norm
+def _reason(error: CheckpointException) -> str:
+    """What went wrong, in the words of the first process to which it happened."""
+    return str(next(iter(error.failures.values()))[0]).partition("\n")[0]
 
 
 class SharedMuon(torch.optim.Muon):
@@ -228,25 +284,3 @@ class SharedMuon(torch.optim.Muon):
                 torch.optim.Muon([whole], weight_decay=0, momentum=0, nesterov=False, **kept).step()
                 everywhere = DTensor.from_local(whole.data, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(everywhere.redistribute(placements=p.placements))
-
-
-def write(files: dict[str, dict[str, Tensor]], folder: Path) -> None:
-    """Write named tensors into safetensors files, which show no trace of how they were shared out.
-
-    Every process writes what it holds; then the first puts that together, so the disk sees each byte twice, and no
-    memory ever holds the whole. Raises CheckpointException in all of them if one of them cannot write.
-    """
-    numbers = {name: i for i, tensors in enumerate(files.values(), 1) for name in tensors}
-    writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True, enable_consolidation=True)
-    checkpoint.save({name: t for tensors in files.values() for name, t in tensors.items()}, storage_writer=writer)
-    if dist.get_rank() == 0:
-        for i, file in enumerate(files, 1):
-            (folder / f"model-{i:05}-of-{len(files):05}.safetensors").rename(folder / file)
-        (folder / "model.safetensors.index.json").unlink()
-        shutil.rmtree(folder / "sharded")
-    dist.barrier()
-
-
-def read(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Fill named tensors from the safetensors files in a folder; each process reads its shares alone."""
-    checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))

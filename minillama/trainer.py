@@ -18,18 +18,26 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from minillama.checkpoint import load, save
+from minillama.checkpoint import save
+from minillama.checkpoint.files import sync
+from minillama.checkpoint.native import WEIGHTS, open_native
 from minillama.data import Batch, Validation
 from minillama.loss import cross_entropy, head_cross_entropy
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # what it imports takes seconds, and only several processes need it
+    from minillama.parallel import Team
+
+STATE, OPTIMIZER = "trainer.pt", "optimizer.safetensors"
 
 MANY = 2**24  # logits that a batch may have before they are made a few rows at a time: fewer are quicker as a whole
 
@@ -85,7 +93,9 @@ def rate_at(step: int, settings: TrainSettings) -> float:
     return settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizers(model: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, settings: TrainSettings, muon: type[torch.optim.Muon] = torch.optim.Muon
+) -> list[torch.optim.Optimizer]:
     """One or two optimizers that share the model's parameters between them, as far as these are to be trained.
 
     Muon makes each step of a matrix orthogonal, so that no direction is left behind; it is for matrices between hidden
@@ -104,8 +114,7 @@ def make_optimizers(model: nn.Module, settings: TrainSettings) -> list[torch.opt
     if settings.optimizer == "adamw" or not hidden:
         return [adamw]
     # Scaled so that a step has the size that AdamW's would have: one learning rate then suits both.
-    muon = torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
+    return [muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -120,14 +129,46 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(model(inputs, **packed), targets)
 
 
+class Alone:
+    """A run of one process: what `parallel.Team` does for one of several."""
+
+    first, parts, muon = True, 1, torch.optim.Muon
+    clip, save = staticmethod(nn.utils.clip_grad_norm_), staticmethod(save)
+
+    def share(self, batch: Batch) -> tuple[Batch, int]:
+        return batch, batch.scored
+
+    def total(self, value: float) -> float:
+        return value
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def wait(self) -> None:
+        pass
+
+    def write(self, tensors: dict[str, Tensor], path: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        sync(path)
+
+    def read(self, tensors: dict[str, Tensor], path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+
+
+ALONE = Alone()
+
+
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
+def mean_loss(model: nn.Module, batches: Iterable[Batch], team: "Alone | Team" = ALONE) -> float:
     """The mean loss in nats per scored token over all batches, each token counted once."""
     total, count = 0.0, 0
     for batch in batches:
-        total += batch_loss(model, batch).item() * batch.scored
+        part, counted = team.share(batch)
+        total += batch_loss(model, part).item() * counted
         count += batch.scored
-    return total / count
+    return team.total(total) / count
 
 
 @dataclass
@@ -137,6 +178,8 @@ class Trainer:
     `batches(step)` gives the data. `snapshots` are the steps whose checkpoints are kept; of the others only the newest
     two are. `on_step(record)` is called after each step, for a live curve. After `run` the model is trained, and
     `records` holds what `metrics.jsonl` holds: step, tokens, loss, grad_norm, rate, seconds, at times validation.
+    `team` is what `parallel.distribute` returned for a model that is shared out among processes: each gives all of
+    `batches`, and computes its share. A checkpoint does not depend on how many they are.
     """
 
     model: Llama
@@ -147,10 +190,11 @@ class Trainer:
     validation: Validation | None = None
     snapshots: tuple[int, ...] = ()
     on_step: Callable[[dict[str, Any]], None] | None = None
+    team: "Alone | Team" = ALONE
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
-        self.optimizers = make_optimizers(self.model, self.settings)
+        self.optimizers = make_optimizers(self.model, self.settings, self.team.muon)
         self.device = next(self.model.parameters()).device
         self.step = 0
         self.records: list[dict[str, Any]] = []
@@ -162,25 +206,28 @@ class Trainer:
         Raises ValueError if the folder holds a run with other settings, OSError when it cannot be written, and
         FloatingPointError when the loss or its gradient is no longer a number; the last checkpoint is still good then.
         """
+        first = self.team.first
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
         self.model.train()
-        bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", dynamic_ncols=True)
+        bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not first)
         with _held_back_interrupts() as interrupted, bar:
             while self.step < self.settings.steps:
                 record = self._one_step()
                 self.records.append(record)
-                with self._explained(), open(self.folder / "metrics.jsonl", "a") as metrics:
-                    print(json.dumps(record), file=metrics)
+                if first:
+                    with self._explained(), open(self.folder / "metrics.jsonl", "a") as metrics:
+                        print(json.dumps(record), file=metrics)
                 bar.set_postfix(self._progress(), refresh=False)
                 bar.update()
                 if self.on_step:
                     self.on_step(record)
-                last = self.step == self.settings.steps or interrupted.is_set()
+                stop = self.team.total(interrupted.is_set()) > 0  # at the same step everywhere
+                last = stop or self.step == self.settings.steps
                 if last or self.step % self.settings.save_every == 0 or self.step in self.snapshots:
                     with self._explained():
                         self._save()
-                if interrupted.is_set():
+                if stop:
                     raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from here")
         self.model.eval()
 
@@ -194,8 +241,8 @@ class Trainer:
         parts = [self.batches(first + i) for i in range(self.settings.accumulate)]
         scored = sum(part.scored for part in parts)
         # Each part counts by its scored tokens, so that the sum is the gradient of one big batch.
-        loss = math.fsum(self._backward(part, part.scored / scored) for part in parts)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip).item()
+        loss = self.team.total(math.fsum(self._backward(part, scored) for part in parts))
+        norm = self.team.clip(self.model.parameters(), self.settings.clip).item()
         if not math.isfinite(loss + norm):
             raise self._diverged(f"the loss is {loss} and the norm of its gradient {norm}")
         for optimizer in self.optimizers:
@@ -204,7 +251,7 @@ class Trainer:
         self.step += 1
         record: dict[str, Any] = {"step": self.step, "tokens": scored, "loss": loss, "grad_norm": norm, "rate": rate}
         if self.validation and (self.step % self.settings.validate_every == 0 or self.step == self.settings.steps):
-            record["validation"] = mean_loss(self.model, self.validation.batches)
+            record["validation"] = mean_loss(self.model, self.validation.batches, self.team)
         record["seconds"] = round(time.perf_counter() - started, 3)
         return record
 
@@ -214,11 +261,12 @@ class Trainer:
             f"on from it with a learning rate below {self.settings.learning_rate}."
         )
 
-    def _backward(self, batch: Batch, weight: float) -> float:
+    def _backward(self, batch: Batch, scored: int) -> float:
         half = self.settings.precision == "bfloat16"
+        part, counted = self.team.share(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            loss = batch_loss(self.model, batch) * weight
-        loss.backward()
+            loss = batch_loss(self.model, part) * (counted / scored)
+        (loss * self.team.parts).backward()  # the gradients of the parts are averaged
         return loss.item()
 
     def _progress(self) -> dict[str, str]:
@@ -233,24 +281,23 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the checkpoint under another name, then rename it: under its own name it is always whole."""
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        if self.team.total(sum(not self.team.local(p).isfinite().all() for p in self.model.parameters())):
             raise self._diverged("a weight is infinite or no number")
-        with open(self.folder / "metrics.jsonl", "a") as metrics:
-            os.fsync(metrics.fileno())  # a checkpoint never says more than the metrics, even after a power cut
         unfinished = self.folder / "unfinished"
-        for left in [unfinished, *self.folder.glob(".unfinished.*")]:  # by a run that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
+        if self.team.first:
+            sync(self.folder / "metrics.jsonl")  # a checkpoint never says more than these, even after a power cut
+            for left in [unfinished, *self.folder.glob(".unfinished.*")]:  # by a run that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
+        self.team.wait()
         self._write(unfinished)
-        state = {
-            "step": self.step,
-            "settings": asdict(self.settings),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "random": torch.get_rng_state(),
-        }
-        with open(unfinished / "trainer.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        self.team.write(self._optimizer_states(), unfinished / OPTIMIZER)
+        if self.team.first:
+            self._finish(unfinished)
+
+    def _finish(self, unfinished: Path) -> None:
+        state = {"step": self.step, "settings": asdict(self.settings), "random": torch.get_rng_state()}
+        torch.save(state, unfinished / STATE)
+        sync(unfinished / STATE)
         finished = self.folder / f"step-{self.step}"
         shutil.rmtree(finished, ignore_errors=True)
         unfinished.rename(finished)
@@ -275,16 +322,33 @@ class Trainer:
 
     def _write(self, folder: Path) -> None:
         """Write what is trained; what trains only a part of a model overrides this and the next."""
-        save(self.model, self.tokenizer, folder)
+        self.team.save(self.model, self.tokenizer, folder)
 
     def _read(self, folder: Path) -> None:
-        saved, _ = load(folder, device=self.device)
+        saved = open_native(folder)
         if saved.config != self.model.config:
             raise ValueError(
                 f"{self.folder} holds a model with {saved.config}, not {self.model.config}: "
                 f"go on with the same model, or choose another folder."
             )
-        self.model.load_state_dict(saved.state_dict())
+        self.team.read(self.model.state_dict(), folder / WEIGHTS)
+
+    def _optimizer_states(self) -> dict[str, Tensor]:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        states = ((p, state) for optimizer in self.optimizers for p, state in optimizer.state.items())
+        return {f"{names[p]}.{kind}": value for p, state in states for kind, value in state.items()}
+
+    def _read_optimizer_states(self, path: Path) -> None:
+        parameters = dict(self.model.named_parameters())
+        groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
+        owners = {p: optimizer for optimizer, group in groups for p in group["params"]}
+        with safe_open(path, "pt") as file:
+            for key in file.keys():
+                name, _, kind = key.rpartition(".")
+                p = parameters[name]  # a state has its shape, or is a single number
+                empty = torch.zeros_like(p) if file.get_slice(key).get_shape() else torch.zeros((), device=self.device)
+                owners[p].state[p][kind] = empty
+        self.team.read(self._optimizer_states(), path)
 
     def _remove_old(self) -> None:
         for old in [path for path in checkpoints(self.folder) if step_of(path) <= self.step][:-2]:
@@ -309,21 +373,24 @@ class Trainer:
         else:
             if faults:
                 raise faults[0]
-        self._remove_old()  # a run that was killed while it did so
+        self.team.wait()
+        if self.team.first:
+            self._remove_old()  # a run that was killed while it did so
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines()[: self.step] if path.exists() else []
         self.records = [json.loads(line) for line in lines]
-        rewritten = path.with_suffix(".new")
-        rewritten.write_text("".join(line + "\n" for line in lines))
-        os.replace(rewritten, path)
+        if self.team.first:
+            rewritten = path.with_suffix(".new")
+            rewritten.write_text("".join(line + "\n" for line in lines))
+            os.replace(rewritten, path)
 
     def _take_up(self, checkpoint: Path) -> None:
         try:
             # weights_only: a file that would run code when it is read is refused.
-            state = torch.load(checkpoint / "trainer.pt", map_location=self.device, weights_only=True)
+            state = torch.load(checkpoint / STATE, map_location=self.device, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f"{checkpoint / 'trainer.pt'} cannot be read ({type(error).__name__}), expected the state of a run: "
+                f"{checkpoint / STATE} cannot be read ({type(error).__name__}), expected the state of a run: "
                 f"delete the folder {checkpoint.name}."
             ) from error
         for name, value in asdict(self.settings).items():
@@ -333,8 +400,13 @@ class Trainer:
                     f"go on with the same settings, or choose another folder."
                 )
         self._read(checkpoint)
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
+        try:
+            self._read_optimizer_states(checkpoint / OPTIMIZER)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{checkpoint / OPTIMIZER} cannot be read ({type(error).__name__}), expected the optimizers' states: "
+                f"delete the folder {checkpoint.name}."
+            ) from error
         torch.set_rng_state(state["random"].cpu())
         self.step = state["step"]
 

@@ -38,14 +38,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _sync(*temporary.iterdir(), temporary)
+        sync(*temporary.iterdir(), temporary)
         if folder.exists():
             shutil.rmtree(previous(folder), ignore_errors=True)
             os.rename(folder, previous(folder))
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(previous(folder), ignore_errors=True)
 
 
@@ -54,7 +54,8 @@ def previous(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.minillama-previous")
 
 
-def _sync(*paths: Path) -> None:
+def sync(*paths: Path) -> None:
+    """Have the disk write these files and folders now."""
     for path in paths if os.name == "posix" else ():  # Windows cannot sync a folder
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)

@@ -33,11 +33,17 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     check_floats(model)
     _check_free(folder)
     with new_folder(folder) as new:
-        (new / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        describe(model.config, tokenizer, new)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, new / WEIGHTS)
         (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # the library lets only the owner read
-        if tokenizer is not None:
-            tokenizer.save(new)
+
+
+def describe(config: ModelConfig, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Write all of a checkpoint but its weights."""
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
 def check_floats(model: Llama) -> None:
