@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minillama.checkpoint import export, gguf_file, load, native, save, save_huggingface
+from minillama.checkpoint import export, gguf_file, load, native, safetensors_file, save, save_huggingface
 from minillama.config import LinearScaling, Llama3Scaling, ModelConfig
 from minillama.model import Llama
 from minillama.quantize import quantize
@@ -123,7 +123,7 @@ def test_a_loaded_model_is_ready_to_use_and_to_train(folder: Path) -> None:
 
 
 def test_large_tensors_are_read_in_parts(folder: Path, model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "NUMBERS_AT_ONCE", 64 * 7)  # 7 rows do not divide 320, and 96 numbers are less than 1
+    monkeypatch.setattr(safetensors_file, "NUMBERS_AT_ONCE", 64 * 7)  # 7 rows do not divide 320; 96 numbers: under 1
     assert_same_weights(load(folder)[0], model)
 
 

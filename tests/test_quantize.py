@@ -81,7 +81,7 @@ def test_a_file_in_4_bits_stays_as_it_is(kind, tmp_path):
     data = gguf.quants.quantize(weight.numpy(), which)
     path = tmp_path / "blocks"
     path.write_bytes(b"12345" + data.tobytes())
-    layer = read_int4(path, Blocks((96, 160), which, 5), torch.device("cpu"))
+    layer = read_int4(path, Blocks((96, 160), which, 5), torch.device("cpu"), (96, 160), (0, 0))
     expected = torch.from_numpy(np.array(gguf.quants.dequantize(data, which))).double()
     # The codes are the file's. Only three roundings to bf16 (8 bits) lie between: of a scale, a middle and their sum.
     scales = torch.from_numpy(data.reshape(96, 5, -1)[..., :2].copy().view(np.float16)).double().abs()
@@ -91,7 +91,7 @@ def test_a_file_in_4_bits_stays_as_it_is(kind, tmp_path):
     assert layer.codes.nbytes == 96 * 160 // 2
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="became shorter"):
-        read_int4(path, Blocks((96, 160), which, 5), torch.device("cpu"))
+        read_int4(path, Blocks((96, 160), which, 5), torch.device("cpu"), (96, 160), (0, 0))
 
 
 @each_kind

@@ -1,4 +1,5 @@
-"""What every format needs of files: JSON of bounded size, and a folder that is there as a whole or not at all."""
+"""What every format needs of files: JSON of bounded size, a folder that is there as a whole or not at all, and of a
+matrix in a file the part that is asked for."""
 
 import contextlib
 import json
@@ -8,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 MAX_JSON_BYTES = 2**24
 
@@ -60,3 +63,18 @@ def sync(*paths: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+def read_rows(path: Path, offset: int, row_bytes: int, rows: slice, columns: slice) -> np.ndarray:
+    """Of a matrix of bytes that begins at `offset`, some rows and columns, (rows, columns) uint8. No others are read.
+
+    Raises ValueError if the file is too short.
+    """
+    data = np.empty((rows.stop - rows.start, columns.stop - columns.start), np.uint8)
+    pieces = data[None] if data.shape[1] == row_bytes else data  # in the file, whole rows lie in one piece
+    with open(path, "rb", buffering=0) as file:
+        for i, piece in enumerate(pieces):
+            file.seek(offset + (rows.start + i) * row_bytes + columns.start)
+            if file.readinto(piece) != piece.nbytes:
+                raise ValueError(f"{path} became shorter while it was read.")
+    return data

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minillama.checkpoint.gguf_file import Blocks, fits_int4, read_blocks, read_header, read_int4
+from minillama.checkpoint.gguf_file import Blocks, read_blocks, read_header, read_int4
 from minillama.checkpoint.names import GGUF, GGUF_CONFIG, Checkpoint, Stored, expand
 from minillama.config import LinearScaling, Llama3Scaling, ModelConfig
 from minillama.rope import frequencies
@@ -37,8 +37,12 @@ def open_gguf(path: Path) -> Checkpoint:
         raise ValueError(f"cannot load {path}: {error}.") from None
     stored = [
         Stored(
-            key, names[key], blocks.shape, blocks.kind.name, partial(read_blocks, path, blocks),
-            quantized=partial(read_int4, path, blocks) if fits_int4(blocks) else None,
+            key,
+            names[key],
+            blocks.shape,
+            blocks.kind.name,
+            partial(read_blocks, path, blocks),
+            quantized=partial(read_int4, path, blocks) if blocks.kind.name in ("Q4_0", "Q4_1") else None,
         )
         for key, blocks in tensors.items()
     ]

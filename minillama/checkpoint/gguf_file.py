@@ -15,6 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from minillama.checkpoint.files import read_rows
 from minillama.quantize import ROWS, Int4Linear
 
 # fmt: off
@@ -70,36 +71,42 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Blocks]]:
     return fields, tensors
 
 
-def read_blocks(path: Path, blocks: Blocks, out: Tensor) -> None:
-    """Fill `out`, of any dtype and device, a few rows at a time: the floats are never all there beside it."""
+def read_blocks(path: Path, blocks: Blocks, out: Tensor, start: tuple[int, int] = (0, 0)) -> None:
+    """Fill `out`, of any dtype and device, with the part of a tensor that begins at a row and a column, a few rows at a
+    time: the floats are never all there beside it. Raises ValueError for a part that begins or ends within a block."""
     rows = out if out.dim() == 2 else out[None]
-    with open(path, "rb") as file:
-        file.seek(blocks.offset)
-        for part in rows.split(max(1, NUMBERS_AT_ONCE // rows.shape[1])):
-            data = np.empty((len(part), _row_bytes(rows.shape[1], blocks.kind)), np.uint8)
-            if file.readinto(data) != data.nbytes:  # type: ignore[arg-type]
-                raise ValueError(f"{path} became shorter while it was read.")
-            with np.errstate(all="ignore"):  # a damaged scale may be infinite
-                part.copy_(torch.from_numpy(dequantize(data, blocks.kind)))
+    first = start[0]
+    for part in rows.split(max(1, NUMBERS_AT_ONCE // rows.shape[1])):
+        data = _bytes(path, blocks, tuple(part.shape), (first, start[1]))
+        with np.errstate(all="ignore"):  # a damaged scale may be infinite
+            part.copy_(torch.from_numpy(dequantize(data, blocks.kind)))
+        first += len(part)
 
 
-def fits_int4(blocks: Blocks) -> bool:
-    """Whether a tensor's blocks can become an `Int4Linear`."""
-    return blocks.kind.name in ("Q4_0", "Q4_1") and len(blocks.shape) == 2 and blocks.shape[0] % ROWS == 0
+def _bytes(path: Path, blocks: Blocks, shape: tuple[int, ...], start: tuple[int, int]) -> np.ndarray:
+    (first, column), (n, width) = start, shape
+    block, block_bytes = GGML_QUANT_SIZES[blocks.kind]
+    if column % block or width % block:
+        raise ValueError(
+            f"{path} has {block} weights of a row in one block ({blocks.kind.name}), and a share of {width} weights "
+            "cuts one: take fewer processes, or a checkpoint that is not quantized."
+        )
+    columns = slice(column // block * block_bytes, (column + width) // block * block_bytes)
+    return read_rows(path, blocks.offset, _row_bytes(blocks.shape[-1], blocks.kind), slice(first, first + n), columns)
 
 
-def read_int4(path: Path, blocks: Blocks, device: torch.device) -> Int4Linear:
-    """A Q4_0 or Q4_1 tensor (out, in), whose 4 bits stay 4 bits: its blocks of 32 weights are our groups.
+def read_int4(
+    path: Path, blocks: Blocks, device: torch.device, shape: tuple[int, ...], start: tuple[int, int]
+) -> Int4Linear | None:
+    """Of a Q4_0 or Q4_1 tensor the part of a shape (out, in) that begins at a row and a column. The 4 bits stay 4 bits:
+    a block of 32 weights is our group. None for a number of rows that an `Int4Linear` cannot have.
 
     A block is its scale, in Q4_1 its smallest value, both fp16, and 16 bytes: the low halves are weights 0 to 15, the
     high ones 16 to 31. Source: ggml's `block_q4_0` and `block_q4_1`.
     """
-    rows, columns = blocks.shape
-    with open(path, "rb") as file:
-        file.seek(blocks.offset)
-        data = np.empty((rows, columns // 32, _row_bytes(32, blocks.kind)), np.uint8)
-        if file.readinto(data) != data.nbytes:  # type: ignore[arg-type]
-            raise ValueError(f"{path} became shorter while it was read.")
+    if len(shape) != 2 or shape[0] % ROWS:
+        return None
+    data = _bytes(path, blocks, shape, start).reshape(shape[0], shape[1] // 32, -1)
     head = 4 if blocks.kind == GGMLQuantizationType.Q4_1 else 2
     numbers = torch.from_numpy(data[..., :head].copy().view(np.float16)).float()
     scales = numbers[..., 0]

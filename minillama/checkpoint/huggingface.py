@@ -4,22 +4,30 @@ Its query and key rows lie in halves, ours in pairs (chapter 03), so they move a
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from minillama.checkpoint.files import read_json
-from minillama.checkpoint.names import HUGGING_FACE, HUGGING_FACE_CONFIG, Checkpoint, Stored, expand
+from minillama.checkpoint.names import (
+    HUGGING_FACE,
+    HUGGING_FACE_CONFIG,
+    Checkpoint,
+    Start,
+    Stored,
+    expand,
+    part_of,
+)
+from minillama.checkpoint.safetensors_file import map_tensor, open_safetensors, read_numbers
 from minillama.checkpoint.tokenizer_files import open_tokenizer
 from minillama.checkpoint.torch_file import dtype_name, open_tensors
 from minillama.config import LinearScaling, Llama3Scaling, ModelConfig
 from minillama.rope import halves_to_pairs
-
-DTYPES = {"F32", "BF16", "F16"}  # safetensors' names
 
 # Settings that make another model of it, and the values that do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -51,15 +59,15 @@ def open_huggingface(folder: Path) -> Checkpoint:
     stored = []
     for file in _weight_files(folder):
         tensors = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
-        for key, (shape, dtype, read) in tensors.items():
+        for key, (shape, dtype, read, mapped) in tensors.items():
             derived = key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_embeddings)
             if derived:  # the frequencies follow from the config, a tied output from the embedding
                 continue
             if key not in names:
                 raise ValueError(f"{file} has the tensor {key!r:.80}, which is not one of LLaMA's.")
-            turned = names[key].endswith(("wq.weight", "wk.weight"))
-            fill = partial(_fill, read, config.head_dim if turned else 0)
-            stored.append(Stored(key, names[key], shape, dtype, fill, None if turned else read))
+            if names[key].endswith(("wq.weight", "wk.weight")):
+                read, mapped = partial(_turn, read, config.head_dim), None
+            stored.append(Stored(key, names[key], shape, dtype, read, mapped))
     return Checkpoint(config, open_tokenizer(folder), stored)
 
 
@@ -130,27 +138,15 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} has no weights: expected model*.safetensors or pytorch_model*.bin in it.")
 
 
-Tensors = dict[str, tuple[tuple[int, ...], str, Any]]  # key -> shape, dtype, a function that gives the tensor, mapped
+# key -> shape, dtype, and of a `Stored` read and mapped
+Tensors = dict[str, tuple[tuple[int, ...], str, Callable[[Tensor, Start], None], Callable[[], Tensor] | None]]
 
 
 def _safetensors(path: Path) -> Tensors:
-    try:
-        with safe_open(path, "pt") as file:
-            parts = {key: file.get_slice(key) for key in file.keys()}
-            for key, part in parts.items():
-                if part.get_dtype() not in DTYPES:
-                    raise ValueError(f"{path}: {key!r:.80} is {part.get_dtype()}, expected {', '.join(DTYPES)}.")
-            return {
-                key: (tuple(part.get_shape()), part.get_dtype(), partial(_read, path, key))
-                for key, part in parts.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {path}: {error}; get the checkpoint again.") from None
-
-
-def _read(path: Path, key: str) -> Tensor:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(key)
+    return {
+        key: (numbers.shape, numbers.dtype, partial(read_numbers, path, numbers), partial(map_tensor, path, key))
+        for key, numbers in open_safetensors(path).items()
+    }
 
 
 def _pickled(path: Path) -> Tensors:
@@ -159,10 +155,17 @@ def _pickled(path: Path) -> Tensors:
         if not tensor.is_floating_point() and not key.endswith("inv_freq"):
             raise ValueError(f"{path}: {key!r:.80} is {tensor.dtype}, expected floating-point numbers.")
     return {
-        key: (tuple(tensor.shape), dtype_name(tensor), lambda tensor=tensor: tensor) for key, tensor in found.items()
+        key: (tuple(tensor.shape), dtype_name(tensor), partial(_copy, tensor), partial(part_of, tensor, tensor.shape))
+        for key, tensor in found.items()
     }
 
 
-def _fill(read: Any, head_dim: int, out: Tensor) -> None:
-    tensor = read()
-    out.copy_(halves_to_pairs(tensor, head_dim) if head_dim else tensor)
+def _copy(tensor: Tensor, out: Tensor, start: Start) -> None:
+    out.copy_(part_of(tensor, tuple(out.shape), start))
+
+
+def _turn(read: Callable[[Tensor, Start], None], head_dim: int, out: Tensor, start: Start) -> None:
+    """Fill `out` with whole heads of queries or keys, whose rows move within each."""
+    theirs = torch.empty_like(out, device="cpu")
+    read(theirs, start)
+    out.copy_(halves_to_pairs(theirs, head_dim))

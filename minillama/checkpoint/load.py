@@ -8,6 +8,7 @@ import ctypes
 import difflib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
     max_memory: float | None = None,
+    share: Callable[[Checkpoint], Checkpoint] | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
     """A model, ready to generate, and its tokenizer (None if the checkpoint has none).
 
@@ -41,6 +43,7 @@ def load(
     frequencies are always fp32. With "int8" or "int4" they are quantized as they are read (chapter 13), and a file
     that is in 4 bits stays in 4 bits; such a model can write, and not be trained.
     max_memory: bytes that the weights may take on the device; None: what it has free.
+    share: what is to be read of a checkpoint, if not all of it (chapter 16, `parallel_load`).
     Raises ValueError if there is no such checkpoint, device or dtype, if the weights do not fit into memory, and if
     the checkpoint is damaged.
     """
@@ -49,7 +52,7 @@ def load(
         raise ValueError(f"dtype is {dtype!r:.40}, expected one of {', '.join(DTYPES)}.")
     device = check_device(device)
     checkpoint = open_checkpoint(find_checkpoint(name_or_path))
-    return fill(checkpoint, device, kind, max_memory)
+    return fill(share(checkpoint) if share else checkpoint, device, kind, max_memory)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -85,10 +88,10 @@ def fill(
     check_memory(checkpoint.config, device, dtype, max_memory)
     if dtype in ("int8", "int4"):
         for number, stored in enumerate(checkpoint.tensors):
+            packed = None
             if dtype == "int4" and stored.quantized and stored.name.startswith("blocks."):
-                put(model, stored.name, stored.quantized(device), dtype)
-            else:
-                put(model, stored.name, _weight(stored, device, torch.float32), dtype)
+                packed = stored.quantized(device, stored.shape, stored.start)
+            put(model, stored.name, packed or _weight(stored, device, torch.float32), dtype)
             if number % 4 == 0:
                 _release()
         join(model)
@@ -107,7 +110,7 @@ def _weight(stored: Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
     if stored.mapped and device.type == "cpu" and (tensor := stored.mapped()).dtype == dtype:
         return tensor
     out = torch.empty(stored.shape, dtype=dtype, device=device)
-    stored.read(out)
+    stored.read(out, stored.start)
     return out
 
 

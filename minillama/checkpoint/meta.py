@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from minillama.checkpoint.files import read_json
-from minillama.checkpoint.names import META, Checkpoint, Stored, expand
+from minillama.checkpoint.names import META, Checkpoint, Start, Stored, expand, part_of
 from minillama.checkpoint.tokenizer_files import open_tokenizer
 from minillama.checkpoint.torch_file import dtype_name, open_tensors
 from minillama.config import Llama3Scaling, ModelConfig
@@ -94,9 +94,7 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "feedforward.up": (config.ffn_dim, config.dim), "feedforward.down": (config.dim, config.ffn_dim),
         "attention_norm": (config.dim,), "feedforward_norm": (config.dim,),
     }  # fmt: skip
-    blocks = {
-        f"blocks.{i}.{name}.weight": shape for i in range(config.n_layers) for name, shape in one.items()
-    }
+    blocks = {f"blocks.{i}.{name}.weight": shape for i in range(config.n_layers) for name, shape in one.items()}
     table = (config.vocab_size, config.dim)
     return {"embedding.weight": table, "output.weight": table, "norm.weight": (config.dim,), **blocks}
 
@@ -113,11 +111,16 @@ def _joined(key: str, parts: list[tuple[int, ...]], whole: tuple[int, ...]) -> t
     raise ValueError(f"the parts of {key} have the shapes {', '.join(map(str, parts))}, which do not make {whole}.")
 
 
-def _fill(parts: list[Tensor], axis: int | None, out: Tensor) -> None:
+def _fill(parts: list[Tensor], axis: int | None, out: Tensor, start: Start) -> None:
     if axis is None:
-        out.copy_(parts[0])
+        out.copy_(part_of(parts[0], tuple(out.shape), start))
         return
-    start = 0
+    first, last = start[axis], start[axis] + out.shape[axis]  # of what is asked for, along the axis
+    begin = 0
     for part in parts:
-        out.narrow(axis, start, part.shape[axis]).copy_(part)
-        start += part.shape[axis]
+        end = begin + part.shape[axis]
+        if (left := max(begin, first)) < (right := min(end, last)):
+            piece = out.narrow(axis, left - first, right - left)
+            within = (left - begin, start[1]) if axis == 0 else (start[0], left - begin)
+            piece.copy_(part_of(part, tuple(piece.shape), within))
+        begin = end

@@ -10,6 +10,8 @@ from minillama.config import ModelConfig
 from minillama.quantize import Int4Linear
 from minillama.tokenizer import Tokenizer
 
+Start = tuple[int, int]  # a row and a column; a vector is a single row
+
 
 class Stored(NamedTuple):
     """One tensor of a checkpoint, not read yet."""
@@ -18,9 +20,11 @@ class Stored(NamedTuple):
     name: str  # the name of our parameter
     shape: tuple[int, ...]
     dtype: str  # as the file calls it, for `inspect`
-    read: Callable[[Tensor], None]  # fills a tensor of this shape, of any floating dtype, on any device
+    read: Callable[[Tensor, Start], None]  # fills a tensor, of any floating dtype, on any device, from there on
     mapped: Callable[[], Tensor] | None = None  # the tensor itself, where it lies in the file as we want it
-    quantized: Callable[[torch.device], Int4Linear] | None = None  # where the file has it in 4 bits, as we have them
+    # Where the file has 4 bits: a tensor of a shape, from there on, in ours; None for a shape that ours cannot have.
+    quantized: Callable[[torch.device, tuple[int, ...], Start], Int4Linear | None] | None = None
+    start: Start = (0, 0)  # where in the file's tensor it begins: not at its beginning if it is a share of it
 
 
 class Checkpoint(NamedTuple):
@@ -105,6 +109,12 @@ META = {
     "output.weight": "output.weight",
 }
 
+
+def part_of(tensor: Tensor, shape: tuple[int, ...], start: Start) -> Tensor:
+    """The part of a tensor that has this shape and begins there."""
+    for axis, (first, length) in enumerate(zip(start[-len(shape) :], shape, strict=True)):
+        tensor = tensor.narrow(axis, first, length)
+    return tensor
 
 
 def expand(table: dict[str, str], n_layers: int) -> dict[str, str]:

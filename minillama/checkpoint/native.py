@@ -8,19 +8,16 @@ import os
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from minillama.checkpoint.files import new_folder, previous
 from minillama.checkpoint.names import Checkpoint, Stored
+from minillama.checkpoint.safetensors_file import open_safetensors, read_numbers
 from minillama.config import ModelConfig
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG, WEIGHTS, TOKENIZERS = "config.json", "model.safetensors", {"tokenizer.model", "tokenizer.json"}
-DTYPES = ("F32", "BF16", "F16")  # safetensors' names
-NUMBERS_AT_ONCE = 2**22
 
 
 def save(model: Llama, tokenizer: Tokenizer | None, folder: str | Path) -> None:
@@ -63,16 +60,11 @@ def check_floats(model: Llama) -> None:
 
 def open_native(folder: Path) -> Checkpoint:
     """Read all but the weights. Raises ValueError for a folder that is damaged or not ours."""
-    config, path, tensors = _read_config(folder), folder / WEIGHTS, []
-    try:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():
-                part = file.get_slice(key)
-                if part.get_dtype() not in DTYPES:
-                    raise ValueError(f"{path}: {key!r:.80} is {part.get_dtype()}, expected {', '.join(DTYPES)}.")
-                tensors.append(Stored(key, key, tuple(part.get_shape()), part.get_dtype(), partial(_read, path, key)))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {path}: {error}; get the checkpoint again.") from None
+    config, path = _read_config(folder), folder / WEIGHTS
+    tensors = [
+        Stored(key, key, numbers.shape, numbers.dtype, partial(read_numbers, path, numbers))
+        for key, numbers in open_safetensors(path).items()
+    ]
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     return Checkpoint(config, load_tokenizer(folder) if has_tokenizer else None, tensors)
 
@@ -87,14 +79,6 @@ def _read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"cannot read {path}: {error.strerror}; a checkpoint has {CONFIG} and {WEIGHTS}.") from None
     except (ValueError, RecursionError) as error:  # what is not UTF-8 or not JSON is a ValueError too
         raise ValueError(f"{path} is not a config of ours: {error}.") from None
-
-
-def _read(path: Path, key: str, out: Tensor) -> None:
-    """Fill `out` a few rows at a time, opening the file for each: closing it frees the memory that reading took."""
-    n = max(1, NUMBERS_AT_ONCE // out[0].numel())
-    for start in range(0, len(out), n):
-        with safe_open(path, "pt") as file:
-            out[start : start + n].copy_(file.get_slice(key)[start : start + n])
 
 
 def _check_free(folder: Path) -> None:

@@ -2,12 +2,16 @@
 
 import contextlib
 import importlib.metadata
+import os
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from minillama.model import Llama
     from minillama.tokenizer import Tokenizer
 
@@ -36,6 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def complain(sentence: str) -> int:
+    if int(os.environ.get("RANK", 0)):  # the first of several processes says it, and torchrun then ends the others
+        time.sleep(5)  # who is alive after that is the only one to know
     print("minillama:", " ".join(sentence.split()), file=sys.stderr)
     return 2
 
@@ -63,10 +69,13 @@ def option(panel: str, help: str, **settings: Any) -> Any:
 Device = Annotated[str | None, option("Model", "cpu, cuda, cuda:1, mps; left out: cuda if there is one.")]
 
 
-def load_checkpoint(checkpoint: str, device: str | None, dtype: str) -> "tuple[Llama, Tokenizer]":
+def load_checkpoint(
+    checkpoint: str, device: "str | torch.device | None", dtype: str, load: Any = None
+) -> "tuple[Llama, Tokenizer]":
     import torch
 
-    from minillama import load
+    if load is None:
+        from minillama import load
 
     model, tokenizer = load(checkpoint, device=device or best_device(), dtype=getattr(torch, dtype, dtype))
     if tokenizer is None:

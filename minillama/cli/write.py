@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import os
+import random
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minillama.cli.app import Device, app, complain, from_utf8, load_checkpoint, option
+from minillama.cli.app import Device, app, best_device, complain, from_utf8, load_checkpoint, option
 
 if TYPE_CHECKING:
     from minillama.model import Llama
@@ -26,6 +28,7 @@ MinP = Annotated[float, option("Choosing", "Only those at least this share as li
 Lookup = Annotated[int, option("Writing", "Guess so many tokens from the text so far: sooner, if it repeats itself.")]
 Compile = Annotated[bool, option("Writing", "Compile the model first: half a minute, then quicker.")]
 Seed = Annotated[int | None, option("Choosing", "The same seed, the same text.")]
+Parallel = Annotated[str | None, option("Model", "tp=N: shared out among N processes, which torchrun starts.")]
 
 
 @app.command(rich_help_panel="Write")
@@ -47,6 +50,7 @@ def generate(
     min_p: MinP = 0.0,
     beams: Annotated[int | None, option("Choosing", "Instead: search with so many beams.", min=1)] = None,
     seed: Seed = None,
+    parallel: Parallel = None,
 ) -> None:
     """Go on with a text. Without one, begin at the beginning.
 
@@ -56,11 +60,15 @@ def generate(
       minillama generate "One, two, three," --checkpoint smollm2
       minillama generate --count 3 --seed 0
       minillama generate - < beginning.txt
+      torchrun --nproc-per-node 2 -m minillama generate --checkpoint big --parallel tp=2
     """
-    if prompt == "-" or prompt is None and not sys.stdin.isatty():
-        prompt = from_utf8(sys.stdin.buffer.read(), "standard input").removesuffix("\n").removesuffix("\r")
-    prompt = prompt or ""
-    model, tokenizer = _load(checkpoint, adapter, device, dtype)
+    if parallel is None:
+        prompt = _read(prompt)
+        model, tokenizer = _load(checkpoint, adapter, device, dtype)
+    elif adapter is not None or compile:
+        raise ValueError("--parallel takes neither --adapter nor --compile: leave one out.")
+    else:
+        model, tokenizer, prompt, seed = _load_share(parallel, checkpoint, device, dtype, prompt, seed)
     from minillama import generate
 
     if temperature is None:
@@ -79,6 +87,34 @@ def generate(
         print("" if live else text if number == 0 else f"\n{text}")
         if judge:
             print(_verdict(text))
+    if parallel is not None:
+        from minillama.parallel import stop as leave
+
+        leave()
+
+
+def _read(prompt: str | None) -> str:
+    if prompt == "-" or prompt is None and not sys.stdin.isatty():
+        return from_utf8(sys.stdin.buffer.read(), "standard input").removesuffix("\n").removesuffix("\r")
+    return prompt or ""
+
+
+def _load_share(
+    parallel: str, checkpoint: str, device: str | None, dtype: str, prompt: str | None, seed: int | None
+) -> "tuple[Llama, Tokenizer, str, int]":
+    """This process's share of a model, with the prompt and the seed of the first process, which alone prints."""
+    from minillama.parallel import Layout, start
+    from minillama.parallel_load import from_first, load_share
+
+    layout = Layout.parse(parallel)
+    place = start(device or best_device())
+    first = os.environ["RANK"] == "0"
+    if not first:
+        sys.stdout = open(os.devnull, "w")
+    seed = random.getrandbits(62) if seed is None else seed
+    prompt, seed = from_first((_read(prompt), seed) if first else None)
+    model, tokenizer = load_checkpoint(checkpoint, place, dtype, partial(load_share, layout=layout))
+    return model, tokenizer, prompt, seed
 
 
 def _load(checkpoint: str, adapter: Path | None, device: str | None, dtype: str) -> "tuple[Llama, Tokenizer]":
