@@ -39,7 +39,6 @@ DEVICES = {
 # nothing here. Hoffmann et al. 2022 ("Chinchilla"), equation 10, disagrees with the 20 tokens a parameter of its own
 # two other approaches; Besiroglu et al. 2024 ("Chinchilla Scaling: A Replication Attempt") fit the same data again.
 LAWS = {"Hoffmann": (406.4, 410.7, 0.34, 0.28), "Besiroglu": (482.01, 2085.43, 0.3478, 0.3658)}
-TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, table 3, nearly the same at every size
 ROWS, MANY = 512, 2**24  # of scores: a chunk in loss.py, and where trainer.py begins to use chunks
 LONGEST = 8192  # tokens: what the published models of longer contexts are trained on for nearly all of the time
 
@@ -127,7 +126,7 @@ class Memory:
 
     weights, gradients, optimizer: in fp32, a share of each.
     copies: of weights, in the precision of products or brought together from other devices.
-    activations: what the forward pass keeps for the backward pass, and what one block needs on top while it runs.
+    activations: what the forward pass keeps for the backward pass.
     loss: scores of the vocabulary and their gradients.
     update: what the end of a step needs beside the gradients.
     """
@@ -144,12 +143,8 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most that is held at once. In a step of one pass, gradients appear as activations go."""
-        early, late = self.activations + self.loss, self.update
-        if self.passes == 1:
-            late += self.gradients
-        else:
-            early, late = early + self.gradients, late + self.gradients
-        return self.weights + self.optimizer + self.copies + max(early, late)
+        start = self.activations + self.loss + (self.gradients if self.passes > 1 else 0)
+        return self.weights + self.optimizer + self.copies + max(start, self.gradients + self.update)
 
 
 @dataclass(frozen=True)
@@ -182,8 +177,7 @@ class Plan:
 
 def plan(run: Run) -> Plan:
     """What the run takes, on each device and in all."""
-    config = run.config
-    memory = memory_of(run)
+    config, memory = run.config, memory_of(run)
     flops = config.flops_per_token(run.context, training=True) * (4 / 3 if run.checkpointing else 1)
     peak = run.device.half if run.precision == "bfloat16" else run.device.single
     per_second = run.devices * peak * run.utilisation / flops
@@ -200,46 +194,42 @@ def plan(run: Run) -> Plan:
         device_hours=hours,
         megawatt_hours=hours * run.device.watts * run.pue / 1e6,
         sent=sent(run),
-        optimal={
-            "20 a parameter": optimal_tokens(config.n_params()),
-            **{name: optimal_tokens(config.n_params(), name) for name in LAWS},
-        },
+        optimal={law: optimal_tokens(config.n_params(), law) for law in ("20 a parameter", *LAWS)},
     )
 
 
-def optimal_tokens(parameters: int, law: str | None = None) -> int:
+def optimal_tokens(parameters: int, law: str = "20 a parameter") -> int:
     """Tokens D after which no other size has a lower loss for the arithmetic 6·N·D that N parameters have had.
 
     Along 6·N·D = constant the loss is lowest where α·A / N^α = β·B / D^β.
     """
-    if law is None:
-        return TOKENS_PER_PARAMETER * parameters
+    if law not in LAWS:
+        return 20 * parameters  # Hoffmann et al. 2022, table 3: nearly the same at every size
     a, b, alpha, beta = LAWS[law]
     return round((beta * b * parameters**alpha / (alpha * a)) ** (1 / beta))
 
 
 def matrices(config: ModelConfig, tp: int) -> list[tuple[int, int, int]]:
     """The weights of a block on one of tp devices: how many of (rows, columns), the norms last."""
-    q, kv, f = (
-        n // tp for n in (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.ffn_dim)
-    )
-    return [(1, q, config.dim), (2, kv, config.dim), (1, config.dim, q), (2, f, config.dim), (1, config.dim, f),
-            (2, config.dim, 1)]  # fmt: skip
+    dim, q, kv = config.dim, config.n_heads * config.head_dim // tp, config.n_kv_heads * config.head_dim // tp
+    ffn = config.ffn_dim // tp
+    return [(1, q, dim), (2, kv, dim), (1, dim, q), (2, ffn, dim), (1, dim, ffn), (2, dim, 1)]
 
 
 def memory_of(run: Run) -> Memory:
     """Bytes on one device, by part."""
-    c, share = run.config, lambda rows: -(-rows // run.fsdp)  # rows are dealt out; the first device has the most
-    block = matrices(c, run.tp)
-    tables = [(1 if c.tie_embeddings else 2, c.vocab_size, c.dim)]
-    hidden = c.n_layers * sum(n * share(rows) * columns for n, rows, columns in block[:-1])
-    others = sum(n * share(rows) * columns for n, rows, columns in [*tables, (2 * c.n_layers + 1, c.dim, 1)])
-    muon = run.optimizer == "muon"
+    c = run.config
+
+    def shares(shapes: list[tuple[int, int, int]]) -> int:  # rows are dealt out; the first device has the most
+        return sum(n * -(-rows // run.fsdp) * columns for n, rows, columns in shapes)
+
+    hidden = c.n_layers * shares(matrices(c, run.tp)[:-1])
+    others = shares([(1 if c.tie_embeddings else 2, c.vocab_size, c.dim), (2 * c.n_layers + 1, c.dim, 1)])
     weights = 4 * (hidden + others)
     return Memory(
         weights=weights,
         gradients=weights,
-        optimizer=(4 if muon else 8) * hidden + 8 * others,
+        optimizer=(4 if run.optimizer == "muon" else 8) * hidden + 8 * others,
         copies=copies(run),
         activations=activations(run),
         loss=loss(run),
