@@ -34,6 +34,7 @@ import torch
 from tqdm.auto import tqdm
 
 from minillama.data import Batch, Validation
+from minillama.download import sha256_of
 from minillama.loss import IGNORE
 from minillama.tokenizer import Tokenizer, load_tokenizer
 
@@ -130,7 +131,7 @@ def documents(block: Block) -> Iterator[str]:
             cut = start + _end_of_passage(data[start : start + PASSAGE])
             yield _decode(block, start, cut)
             start = cut
-        if mark or data[start:].strip():  # no document behind the last mark
+        if data[start:end].strip():
             yield _decode(block, start, end)
         start = mark.end() if mark else end
 
@@ -365,7 +366,7 @@ def prepare(
             seconds=time.perf_counter() - started,
         )  # fmt: skip
         manifest = {
-            "format": FORMAT, "vocab_size": tokenizer.vocab_size, "tokenizer": _digest(_tokenizer_file(unfinished)),
+            "format": FORMAT, "vocab_size": tokenizer.vocab_size, "tokenizer": sha256_of(_tokenizer_file(unfinished)),
             "shard_tokens": shard_tokens, "holdout": holdout, "seed": seed,
             "sides": {side: writer.close() for side, writer in sides.items()},
             "report": {name: value for name, value in asdict(report).items() if name != "seconds"},
@@ -387,14 +388,6 @@ def _size(path: Path) -> int:
 
 def _shard(folder: Path, side: str, number: int) -> Path:
     return folder / f"{side}-{number:05}.bin"
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(BLOCK):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def _tokenizer_file(folder: Path) -> Path:
@@ -476,7 +469,7 @@ class Corpus:
             if manifest["format"] != FORMAT:
                 raise ValueError(f"its format is {manifest['format']!r:.40}, this program reads {FORMAT}")
             self.tokenizer = load_tokenizer(self.folder)
-            if manifest["tokenizer"] != _digest(_tokenizer_file(self.folder)):
+            if manifest["tokenizer"] != sha256_of(_tokenizer_file(self.folder)):
                 raise ValueError("its tokenizer is not the one that it was prepared with")
             if manifest["vocab_size"] != self.tokenizer.vocab_size:
                 sizes = f"{manifest['vocab_size']!r:.40} tokens, but the tokenizer {self.tokenizer.vocab_size}"
@@ -533,7 +526,7 @@ class Corpus:
             found = path.stat().st_size if path.is_file() else 0
             if found != size:
                 raise ValueError(f"{path.name} has {found} bytes, expected {size}")
-            if verify and _digest(path) != digest:
+            if verify and sha256_of(path) != digest:
                 raise ValueError(f"{path.name} has the right size, but another SHA-256 than when it was written")
         starts = np.fromfile(index, "<u8").astype(np.int64)
         # BOS or a first token, and EOS: no document has less than two.

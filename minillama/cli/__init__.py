@@ -5,7 +5,19 @@ in the package, and `main` makes one sentence of it. torch takes seconds to impo
 the commands, and `--help` is there at once.
 """
 
-from minillama.cli import bench, doctor, evaluate, finetune, inspect, learn, plan, train, write  # noqa: F401  (commands)
+from minillama.cli import (  # noqa: F401  (they add commands)
+    bench,
+    data,
+    doctor,
+    evaluate,
+    fetch,
+    finetune,
+    inspect,
+    learn,
+    plan,
+    train,
+    write,
+)
 from minillama.cli.app import app, main
 
 __all__ = ["app", "main"]
