@@ -338,6 +338,39 @@ def test_each_parameter_has_one_optimizer_and_norms_do_not_decay(optimizer):
     assert all(decay[id(p)] == (0.3 if p.dim() == 2 else 0) for p in model.parameters())
 
 
+def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
+    """Newton and Schulz's iteration with Jordan's three numbers: all singular values come near 1."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def test_muon_takes_the_steps_of_its_definition():
+    torch.manual_seed(4)
+    model = Llama(CONFIG)
+    muon, _ = make_optimizers(model, TrainSettings(learning_rate=0.03, weight_decay=0.5))
+    hidden = {name: p for name, p in model.named_parameters() if p.dim() == 2 and "blocks." in name}
+    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(p) for p in hidden.values()]
+    assert {(24, 36), (12, 24), (20, 24), (24, 20)} < {tuple(p.shape) for p in hidden.values()}  # wide and tall
+    start, momentum = {name: p.detach().double() for name, p in hidden.items()}, dict.fromkeys(hidden, 0.0)
+    weights = dict(start)
+    for _ in range(3):
+        for name, p in hidden.items():
+            p.grad = torch.randn_like(p) * torch.logspace(0, -2, p.shape[1])  # some directions are loud
+            g = p.grad.double()
+            momentum[name] = 0.95 * momentum[name] + 0.05 * g
+            ahead = 0.95 * momentum[name] + 0.05 * g  # Nesterov's
+            wide = ahead if p.shape[0] <= p.shape[1] else ahead.T
+            turned = orthogonalise(wide) if wide is ahead else orthogonalise(wide).T
+            weights[name] = (1 - 0.03 * 0.5) * weights[name] - 0.03 * 0.2 * max(p.shape) ** 0.5 * turned
+        muon.step()
+    for name, p in hidden.items():
+        ours, defined = p.detach().double() - start[name], weights[name] - start[name]
+        assert (ours - defined).norm() < 0.02 * defined.norm(), name  # torch's iteration is in bf16
+
+
 @pytest.mark.parametrize(
     "wrong", [{"steps": 0}, {"warmup": 2000}, {"learning_rate": 0.0}, {"optimizer": "sgd"}, {"precision": "fp8"}]
 )
