@@ -641,7 +641,8 @@ def shelves(counts: Sequence[int], length: int) -> list[tuple[list[tuple[int, in
     for n in range(length, 0, -1):
         left = counts[n]
         while left:
-            room, content, count = length, [], left  # new rows, if no other has room
+            room, count = length, left  # new rows, if no other has room
+            content: list[int] = []
             if (place := bisect.bisect_left(rooms, n)) < len(rooms):
                 room = rooms[place]
                 content, count = rows[room].pop()

@@ -133,9 +133,9 @@ def _receive(file: File, partial: Path, patience: float, bar: tqdm) -> None:
         _copy(answer, stack.enter_context(open(partial, "ab" if start else "wb")), file, start, bar)
 
 
-def _copy(answer: IO[bytes], to: IO[bytes], file: File, start: int, bar: tqdm) -> None:
+def _copy(answer: http.client.HTTPResponse, to: IO[bytes], file: File, start: int, bar: tqdm) -> None:
     received = start
-    while data := answer.read1(CHUNK):  # type: ignore[attr-defined]  (read would wait for a whole chunk)
+    while data := answer.read1(CHUNK):  # which does not wait for a whole chunk
         received += len(data)
         if received > file.size:
             to.close()

@@ -34,6 +34,7 @@ def train(
     learning_rate: Annotated[float, option("Run", "Its peak.")] = 1e-2,
     seed: Annotated[int, option("Run", "For the first weights and the order of the data.")] = 0,
     text: Annotated[list[Path] | None, option("Data", "Your own text, a UTF-8 file (may be given again).")] = None,
+    data: Annotated[Path | None, option("Data", "Or a folder that `minillama data prepare` wrote.")] = None,
     tokenizer: Annotated[Path | None, option("Data", "Its folder; left out: the toy's, or a new one.")] = None,
     vocab_size: Annotated[int | None, option("Data", "Tokens to learn from the text; left out: 2048.")] = None,
     window: Annotated[
@@ -51,6 +52,7 @@ def train(
       minillama train
       minillama train --preset toy --steps 5000 --out runs/mine
       minillama train --text book.txt --text letters.txt --out runs/book
+      minillama train --data corpora/books --out runs/books
       minillama generate --checkpoint runs/book/step-2000
     """
     import torch
@@ -58,6 +60,7 @@ def train(
     from minillama import Llama, ModelConfig, generate, load
     from minillama.checkpoint.load import check_device
     from minillama.checkpoint.memory import free_memory
+    from minillama.corpus import ShardBatches, corpus_validation
     from minillama.data import StoryBatches, story_validation
     from minillama.tokenizer import load_tokenizer
     from minillama.trainer import Trainer, TrainSettings, checkpoints
@@ -69,20 +72,29 @@ def train(
     )  # fmt: skip
     if place.type == "cpu" and (needed := config.training_bytes()) > (free := free_memory()):
         raise ValueError(f"{preset} needs {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free: try toy.")
+    if (width := window or 256) > config.max_seq_len:
+        raise ValueError(f"--window is {width}, expected at most {config.max_seq_len}, the context of {preset}.")
     words = load_tokenizer(tokenizer) if tokenizer else None
-    batches: TextBatches | StoryBatches
-    if text:
+    batches: TextBatches | StoryBatches | ShardBatches
+    if data:
+        for name, value in (("--text", text), ("--tokenizer", tokenizer), ("--vocab-size", vocab_size)):
+            if value:
+                raise ValueError(f"{name} is given, but --data {data} brings its own: leave one of the two out.")
+        batches = ShardBatches(data, batch_size, width, seed)
+        validation = corpus_validation(data, batch_size, width, VALIDATION_WINDOWS)
+        words, held = batches.corpus.tokenizer, validation.batches[0].inputs[0]
+        beginning = words.decode(held[:10].tolist())
+        print(f"{batches.n_rows:,} rows of {width} tokens; {batches.padding:.1%} is padding.", file=sys.stderr)
+        source, content = f"{data.name} (window {width})", torch.tensor(list(batches.corpus.sha256.encode()))
+    elif text:
         if vocab_size is not None and words:
             raise ValueError(
                 f"--vocab-size is {vocab_size}, but the tokenizer in {tokenizer} has {words.vocab_size} tokens, and is "
                 "learned already: leave one of the two out."
             )
         vocab_size = 2048 if vocab_size is None else vocab_size
-        window = 256 if window is None else window
-        if window > config.max_seq_len:
-            raise ValueError(f"--window is {window}, expected at most {config.max_seq_len}, the context of {preset}.")
-        words, batches, validation, beginning = _read(text, words, vocab_size, batch_size, window, seed)
-        data, content = f"{', '.join(path.name for path in text)} (window {window})", batches.tokens
+        words, batches, validation, beginning = _read(text, words, vocab_size, batch_size, width, seed)
+        source, content = f"{', '.join(path.name for path in text)} (window {width})", batches.tokens
     else:
         for name, value in (("--vocab-size", vocab_size), ("--window", window)):
             if value is not None:
@@ -91,10 +103,10 @@ def train(
         assert words is not None
         batches, beginning = StoryBatches(words, batch_size, seed), ""
         validation = story_validation(words, VALIDATION_STORIES, seed)
-        data, content = "stories", batches(0).inputs
+        source, content = "stories", batches(0).inputs
     out = out or Path("runs") / preset
     digest = hashlib.sha256(content.numpy().tobytes()).hexdigest()[:8]  # of the text and the tokenizer
-    claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": f"{data} {digest}"})
+    claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": f"{source} {digest}"})
 
     torch.manual_seed(seed)
     model = Llama(replace(config, vocab_size=words.vocab_size)).to(place)
