@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillama import corpus, world
+from minillama import corpus, load, world
+from minillama.cli import main
 from minillama.config import ModelConfig
 from minillama.corpus import SIDES, Corpus, Seen, ShardBatches, corpus_validation, prepare, shelves
 from minillama.loss import IGNORE
@@ -493,3 +495,90 @@ def test_a_side_without_documents_is_refused(tokenizer, tmp_path):
         corpus_validation(tmp_path / "out", 2, 30)
     with pytest.raises(ValueError, match="batch_size is 0 and length is 30"):
         ShardBatches(tmp_path / "out", 0, 30)
+
+
+# The commands
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return run_here
+
+
+def test_prepare_says_what_was_kept_and_what_was_dropped_and_why(run, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "words")
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "a\\r\\nkite"}\n{"text": "a kite"}\n{"text": ""}\n{"text": "a \\u0000dog"}\n'
+    )
+    command = ["data", "prepare", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "words", "--out", tmp_path / "out"]
+    code, out, err = run(*command, "--holdout", 0)
+    assert code == 0, err
+    numbers = [int(line.split()[-2].replace(",", "")) for line in out.splitlines() if line.endswith("documents")]
+    assert numbers == [4, 1, 1, 0, 2, 0]  # read, empty, there before, unwritable, to learn from, held out
+    assert re.search(r"line ends made \\n +1 characters", out) and re.search(r"control characters removed +1 char", out)
+        r"control characters removed +1 characters", out
+    )
+    assert f"minillama train --data {tmp_path / 'out'}" in out
+    code, out, err = run(*command)
+    assert (code, out) == (2, "") and err.endswith("out is there already: choose another folder, or delete it first.\n")
+
+
+def test_prepare_without_a_tokenizer_or_a_file_is_one_sentence(run, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "words")
+    write(tmp_path / "a.txt", STORIES)
+    for arguments, expected in (
+        ([tmp_path / "a.txt", "--tokenizer", tmp_path], "has no tokenizer"),
+        ([tmp_path / "b.txt", "--tokenizer", tmp_path / "words"], "b.txt: No such file"),
+        ([tmp_path, "--tokenizer", tmp_path / "words"], "Is a directory"),
+    ):
+        code, out, err = run("data", "prepare", *arguments, "--out", tmp_path / "out")
+        assert (code, out) == (2, "") and expected in err and "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "words"]
+
+
+def test_train_on_a_corpus_stopped_in_an_epoch_ends_like_one_that_was_not(run, folder, tmp_path, monkeypatch):
+    command = ["train", "--data", folder, "--window", 40, "--batch-size", 2, "--steps", 5, "--out"]
+    code, out, err = run(*command, tmp_path / "whole")
+    assert code == 0, err
+    assert re.search(r"Validation loss: \d\.\d{4}\. *\n", out) and "Floor" not in out
+    assert re.search(r"\d+ rows of 40 tokens; \d\.\d% is padding", err)
+    ask = ShardBatches.__call__
+
+    def interrupted(source: ShardBatches, step: int) -> object:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return ask(source, step)
+
+    monkeypatch.setattr(ShardBatches, "__call__", interrupted)
+    assert run(*command, tmp_path / "run")[0] == 130
+    monkeypatch.undo()
+    assert run(*command, tmp_path / "run")[0] == 0
+    models = [load(tmp_path / name / "step-5")[0] for name in ("whole", "run")]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+    code, _, err = run(*command[:4], 41, *command[5:], tmp_path / "run")
+    assert code == 2 and "holds a run with data out (window 40)" in err
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--text", "a.txt"], "--text is given, but --data .* brings its own: leave one of the two out"),
+        (["--tokenizer", "words"], "--tokenizer is given"),
+        (["--vocab-size", "300"], "--vocab-size is given"),
+        (["--window", "513"], "--window is 513, expected at most 512"),
+    ],
+)
+def test_what_a_corpus_brings_cannot_be_given_too(run, folder, tmp_path, options, expected):
+    code, out, err = run("train", "--data", folder, "--out", tmp_path / "run", *options)
+    assert (code, out) == (2, "") and re.search(expected, " ".join(err.split())) and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_corpus_is_refused_by_train(run, tmp_path):
+    code, out, err = run("train", "--data", tmp_path, "--out", tmp_path / "run")
+    assert (code, out) == (2, "") and "holds no corpus: expected a folder that `minillama data prepare` wrote" in err

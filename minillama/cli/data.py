@@ -56,7 +56,10 @@ def prepare(
 
 
 def _lines(report: "Report") -> list[tuple[str, int, str]]:
-    lines = [("read", report.size, f"bytes in {report.files} files"), ("", report.read, "documents")]
+    lines = [
+        ("read", report.size, f"bytes in {report.files} file{'s' * (report.files != 1)}"),
+        ("", report.read, "documents"),
+    ]
     lines += [(f"dropped: {why}", count, "documents") for why, count in report.dropped.items()]
     lines += [(what, count, "characters") for what, count in report.changed.items()]
     for side, name in (("train", "to learn from"), ("held-out", "held out")):

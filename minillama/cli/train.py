@@ -74,7 +74,7 @@ def train(
         raise ValueError(f"{preset} needs {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free: try toy.")
     if (width := window or 256) > config.max_seq_len:
         raise ValueError(f"--window is {width}, expected at most {config.max_seq_len}, the context of {preset}.")
-    words = load_tokenizer(tokenizer) if tokenizer else None
+    words = load_tokenizer(tokenizer) if tokenizer and not data else None
     batches: TextBatches | StoryBatches | ShardBatches
     if data:
         for name, value in (("--text", text), ("--tokenizer", tokenizer), ("--vocab-size", vocab_size)):
