@@ -520,9 +520,8 @@ def test_prepare_says_what_was_kept_and_what_was_dropped_and_why(run, tokenizer,
     assert code == 0, err
     numbers = [int(line.split()[-2].replace(",", "")) for line in out.splitlines() if line.endswith("documents")]
     assert numbers == [4, 1, 1, 0, 2, 0]  # read, empty, there before, unwritable, to learn from, held out
-    assert re.search(r"line ends made \\n +1 characters", out) and re.search(r"control characters removed +1 char", out)
-        r"control characters removed +1 characters", out
-    )
+    assert re.search(r"line ends made \\n +1 characters", out)
+    assert re.search(r"control characters removed +1 characters", out)
     assert f"minillama train --data {tmp_path / 'out'}" in out
     code, out, err = run(*command)
     assert (code, out) == (2, "") and err.endswith("out is there already: choose another folder, or delete it first.\n")
