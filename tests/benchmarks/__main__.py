@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-MODULES = ("training", "decode", "llamacpp", "load_memory", "load_large", "quality", "small_toy", "plan")
+MODULES = ("training", "decode", "llamacpp", "load_memory", "load_large", "quality", "small_toy", "plan", "corpus")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 NOTE = """\
 Stored by `make bench`. Ours and its peer took turns, again and again: the values are medians, and the ratio is the
