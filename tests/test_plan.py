@@ -287,6 +287,8 @@ def test_plan_as_json_has_what_the_library_says(capsys) -> None:
         (["--preset", "lama-7b"], "did you mean"),
         (["--device", "tpu"], "--device is 'tpu', expected one of laptop"),
         (["--tokens", "many"], "--tokens is 'many', expected a number of tokens"),
+        (["--tokens", "1e999"], "--tokens is '1e999', expected a number of tokens"),
+        (["--tokens", "0.1"], "tokens is 0, expected at least 1"),
         (["--batch", "10"], "batch is 10 tokens, expected a multiple of 512"),
         (["--gpus", "3", "--parallel", "fsdp=4"], "takes 4 devices, and --gpus is 3"),
         (["--parallel", "pp=4"], "expected counts of dp, fsdp, tp"),

@@ -1,6 +1,7 @@
 """`minillama plan`: what a training run will take, before it is begun."""
 
 import re
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,9 +53,8 @@ def plan(
     [bold]Examples[/bold]
       minillama plan
       minillama plan --preset llama-7b --gpus 8 --memory 80
-      minillama plan --preset llama-65b --gpus 2048 --parallel fsdp=256,tp=8 --tokens 1.4T
+      minillama plan --preset llama-65b --parallel fsdp=256,tp=8 --tokens 1.4T
     """
-    from dataclasses import asdict, replace
     from json import dumps
 
     from minillama.config import ModelConfig
@@ -101,7 +101,7 @@ def plan(
 
 def count(name: str, text: str) -> int:
     """How many tokens: 4096, 300M or 1.4T. Raises ValueError for anything else."""
-    found = re.fullmatch(r"([\d_,]*\.?\d+(?:e\d+)?)([kmbt]?)", text.strip().lower())
+    found = re.fullmatch(r"([\d,]{0,20}\.?\d{1,20}(?:e\d\d?)?)([kmbt]?)", text.strip().lower())
     if not found:
         raise ValueError(f"{name} is {text!r:.40}, expected a number of tokens, as 4096, 300M or 1.4T.")
     return round(float(found[1].replace(",", "")) * SUFFIXES[found[2]])
@@ -125,26 +125,22 @@ def energy(megawatt_hours: float) -> str:
 
 def options(run: "Run", other: "Run") -> str:
     """What to type for another run, as far as it differs."""
-    names = {"micro_batch": "--micro-batch", "context": "--context"}
-    changed = [f"{option} {getattr(other, name)}" for name, option in names.items() if differs(run, other, name)]
-    if other.checkpointing and not run.checkpointing:
-        changed.append("--checkpointing")
-    if differs(run, other, "dp") or differs(run, other, "fsdp") or differs(run, other, "tp"):
-        changed.append(f"--gpus {other.devices} --parallel fsdp={other.fsdp},tp={other.tp}")
-    return " ".join(changed)
-
-
-def differs(run: "Run", other: "Run", name: str) -> bool:
-    return getattr(run, name) != getattr(other, name)
+    words = {
+        f"--micro-batch {other.micro_batch}": run.micro_batch != other.micro_batch,
+        f"--context {other.context}": run.context != other.context,
+        "--checkpointing": run.checkpointing != other.checkpointing,
+        f"--gpus {other.devices} --parallel dp={other.dp},fsdp={other.fsdp},tp={other.tp}": (
+            (run.dp, run.fsdp, run.tp) != (other.dp, other.fsdp, other.tp)
+        ),
+    }
+    return " ".join(word for word, differs in words.items() if differs)
 
 
 def table(run: "Run", made: "Plan") -> str:
     """The plan as lines with units."""
     memory, place = made.memory, run.device
     layout = ", ".join(f"{name}={n}" for name in ("dp", "fsdp", "tp") if (n := getattr(run, name)) > 1)
-    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
-             "copies": memory.copies, "activations": memory.activations, "loss": memory.loss,
-             "update": memory.update}  # fmt: skip
+    parts = {f.name: getattr(memory, f.name) for f in fields(memory) if f.name != "passes"}
     return "\n".join([
         f"{made.parameters:,} parameters, on {short(run.tokens)} tokens in {run.precision} with {run.optimizer}"
         f"{' and checkpointing' if run.checkpointing else ''}",
@@ -153,7 +149,8 @@ def table(run: "Run", made: "Plan") -> str:
         "",
         "memory of a device",
         *(f"  {name:18}{size / 1e9:12,.3f} GB" for name, size in parts.items()),
-        f"  {'at the peak':18}{memory.peak / 1e9:12,.3f} GB of {place.memory / 1e9:,.0f}",
+        f"  {'at the peak':18}{memory.peak / 1e9:12,.3f} GB of {place.memory / 1e9:,.0f}"
+        f"{' (gradients come as activations go)' if run.passes == 1 else ''}",
         f"  {'(to write: cache)':18}{made.kv_cache / 1e9:12,.3f} GB for {run.context:,} tokens",
         "",
         f"time, at {run.utilisation:.0%} of the peak",
