@@ -117,11 +117,16 @@ def assert_one_sentence(result: Result, expected: str) -> None:
 
 def test_every_command_and_option_is_explained_with_examples_and_defaults(run: Run) -> None:
     assert [f"{name} " in run().out for name in ("doctor", "generate", "chat", "train")] == [True] * 4
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    commands = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    group = commands.pop("data")
+    commands |= {f"data {name}": command for name, command in group.commands.items()}
+    for name, command in commands.items():
         for parameter in command.params:
             assert getattr(parameter, "help", None) or parameter.name == "help", f"{name}: {parameter.name}"
         bare = "" if any(parameter.required for parameter in command.params) else r" *\n"
-        assert name == "doctor" or re.search(rf"Examples *\n +minillama {name}\b{bare}", run(name, "--help").out)
+        assert name == "doctor" or re.search(
+            rf"Examples *\n +minillama {name}\b{bare}", run(*name.split(), "--help").out
+        )
     assert "[default: (0.8)]" in run("generate", "--help").out
     assert "[default: muon]" in run("train", "--help").out
 
@@ -399,7 +404,6 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_talk(tokenizer: SentencePieceToke
 
 
 # train
-
 
 
 def training(checkpoint: Path, out: Path, *more: object) -> list[object]:

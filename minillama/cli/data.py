@@ -36,8 +36,8 @@ def prepare(
 
     [bold]Examples[/bold]
       minillama data prepare books/*.txt --tokenizer data/toy --out corpora/books
-      minillama data prepare stories.jsonl --tokenizer data/toy --out corpora/stories --holdout 0.05
-      minillama train --data corpora/stories
+      minillama data prepare a.jsonl b.jsonl --tokenizer data/toy --out corpora/ab
+      minillama train --data corpora/books
     """
     from minillama import corpus
     from minillama.tokenizer import load_tokenizer
