@@ -7,13 +7,19 @@ One thread for both, which suits models of these sizes best; nothing compiled; g
   in bf16 where the machine is quick at it. Peers train in fp32, eager, as their usual scripts do: transformers, with
   the same weights and the AdamW (fused) that its own trainer takes; and a GPT of torch.nn's parts with torch's AdamW as
   it comes, of the same sizes but for the feed-forward layer: 0.818 and 2.744 million weights, ours 0.821 and 2.903.
+- The head and the loss a few rows at a time, against all logits at once: the peak of a fresh process's resident memory,
+  less what it had before (Linux only), and the time.
 - The share of the speed at which the machine multiplies large square matrices that such a step reaches, and what data,
   records and checkpoints cost beside the steps of a run.
 """
 
 import contextlib
 import io
+import json
 import math
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,12 +40,35 @@ from tests.benchmarks.harness import Times, race, row, threads
 from tests.benchmarks.plain_gpt import PlainGPT, plain_step
 from tests.parity.test_transformers import pair_of_models
 
+ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 15
 TARGET = 1.2
 ROWS, LENGTH = 16, 130  # of a batch; a story is about this long
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}  # of the losses, relative
-PLAIN_TARGET, THEIRS_TARGET, AROUND_TARGET = 1.5, 1.7, 1.03
+PLAIN_TARGET, THEIRS_TARGET, AROUND_TARGET, HEAD_TARGET = 1.5, 1.7, 1.03, 0.5
 STEPS = 100  # of a run: as many as between two of its checkpoints
+TOKENS, VOCABULARY, DIM = 2048, 49_152, 64  # of the head
+
+HEAD = """
+import json, sys, time
+import torch
+from minillama.linear import linear
+from minillama.loss import cross_entropy, head_cross_entropy
+
+def status(field):  # bytes
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+torch.set_num_threads(1)
+way, tokens, vocabulary, dim = sys.argv[1], *map(int, sys.argv[2:])
+x, head = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocabulary, dim, requires_grad=True)
+targets = torch.randint(vocabulary, (tokens,))
+head_cross_entropy(x[:2], head, targets[:2]).backward()  # warms up
+before, start = status("VmRSS"), time.perf_counter()
+loss = head_cross_entropy(x, head, targets) if way == "chunks" else cross_entropy(linear(x, head), targets)
+loss.backward()
+print(json.dumps({"seconds": time.perf_counter() - start, "peak": status("VmHWM") - before}))
+"""
 
 
 def of_characters(dim: int, n_layers: int, n_heads: int, ffn_dim: int, context: int) -> ModelConfig:
@@ -69,6 +98,15 @@ def against_plain(config: ModelConfig, shape: tuple[int, int], settings: TrainSe
     optimizer = torch.optim.AdamW(peer.parameters(), lr=settings.learning_rate)
     with threads(1):
         return race(trainer._one_step, lambda: plain_step(peer, optimizer, batch, settings.clip), rounds)
+
+
+def head_and_loss(way: str) -> dict[str, float]:
+    """Seconds, and bytes of the peak, of the head, the loss and their gradients: in "chunks", or as a "whole"."""
+    sizes = map(str, (TOKENS, VOCABULARY, DIM))
+    child = subprocess.run([sys.executable, "-c", HEAD, way, *sizes], capture_output=True, text=True, cwd=ROOT)
+    if child.returncode:
+        raise ValueError(f"the head was not measured: {child.stderr.strip().splitlines()[-1]}")
+    return json.loads(child.stdout)
 
 
 def around_steps(model: Llama, batches: Callable[[int], Batch], settings: TrainSettings) -> tuple[float, float]:
@@ -167,6 +205,12 @@ def rows(rounds: int = ROUNDS) -> list[dict[str, Any]]:
             reached = config.flops_per_token(shape[1], training=True) * tokens / times["adamw", precision].ours
             name = f"training {size}, {precision}, against the peak of large products"
             found.append(row(name, reached / 1e9, peaks[precision] / 1e9, "GFLOP/s", reached / peaks[precision]))
+
+    both = [[head_and_loss(way) for way in ("chunks", "whole")] for _ in range(min(rounds, 3))]
+    for key, name, unit, most in (("peak", "peak memory", "MB", HEAD_TARGET), ("seconds", "time", "s", None)):
+        ours, peer = (statistics.median(pair[i][key] for pair in both) / (1e6 if unit == "MB" else 1) for i in (0, 1))
+        name = f"head and loss of {TOKENS:,} tokens among {VOCABULARY:,}: {name} in chunks, against whole"
+        found.append(row(name, ours, peer, unit, ours / peer, at_most=most))
 
     settings = TrainSettings(steps=STEPS, warmup=0, learning_rate=1e-3, precision=quick)
     config, batch = CHARACTERS["0.8M"]
