@@ -169,6 +169,12 @@ def test_several_processes_write_the_same_bytes_as_one(tokenizer, tmp_path, monk
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
 
 
+def test_a_process_that_ends_is_one_sentence(tokenizer, tmp_path):
+    block = corpus.Block("a.txt", 0, 1, b"text", "plain")
+    with pytest.raises(ValueError, match="was ended from outside, or could not start: try processes=1"):
+        list(corpus._cut_all([block], tmp_path, tokenizer, 0, 0, processes=2))  # where no tokenizer is
+
+
 def test_a_vocabulary_beyond_sixteen_bits_is_written_in_thirty_two():
     assert [corpus.token_type(size) for size in (2, 65536, 65537)] == ["<u2", "<u2", "<u4"]
 
@@ -537,6 +543,20 @@ def test_prepare_without_a_tokenizer_or_a_file_is_one_sentence(run, tokenizer, t
     ):
         code, out, err = run("data", "prepare", *arguments, "--out", tmp_path / "out")
         assert (code, out) == (2, "") and expected in err and "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "words"]
+
+
+def test_ctrl_c_ends_prepare_with_one_sentence(run, tokenizer, tmp_path, monkeypatch):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    tokenizer.save(tmp_path / "words")
+    monkeypatch.setattr(Seen, "first", stopped)
+    write(tmp_path / "a.txt", STORIES)
+    code, out, err = run(
+        "data", "prepare", tmp_path / "a.txt", "--tokenizer", tmp_path / "words", "--out", tmp_path / "out"
+    )
+    assert (code, out) == (130, "") and err.endswith("nothing was written, the same command begins again.\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "words"]
 
 
