@@ -153,6 +153,34 @@ def test_a_new_model_starts_to_learn_within_two_steps():
     assert all(weight.grad.abs().max() > 0 for weight in model.parameters())
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_checkpointing_keeps_a_fraction_for_the_way_back_and_gives_the_same_gradients(half):
+    model, tokens, kept, gradients = random_model(), tokens_of(3, 9), [], []
+    for model.checkpointing in (False, True):
+        numbers = [0]
+
+        def keep(tensor: torch.Tensor, numbers: list[int] = numbers) -> torch.Tensor:
+            numbers[0] += tensor.numel() * (not isinstance(tensor, torch.nn.Parameter))
+            return tensor
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        kept.append(numbers[0])
+    assert kept[1] < kept[0] / 5
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_checkpointing_leaves_writing_alone():
+    model, tokens = random_model(), tokens_of()
+    expected = model(tokens)
+    model.checkpointing = True
+    cache = KVCache(CONFIG, 2, 7)
+    parts = [model(tokens[:, :4], cache), model(tokens[:, 4:], cache)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
 # Size
 
 
