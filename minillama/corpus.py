@@ -46,9 +46,9 @@ MAX_DOCUMENT = 2**24  # bytes of a document in a file that does say it
 MAX_MANIFEST = 2**26
 SHARD_TOKENS = 2**26
 FEW_BYTES = 2**23  # less text than this is cut into tokens before other processes have started
-MARK = re.compile(rb"^<\|endoftext\|>[ \t\r]*(?:\n|\Z)", re.MULTILINE)
+DIVIDER = re.compile(rb"^<\|endoftext\|>[ \t\r]*(?:\n|\Z)", re.MULTILINE)
 EMPTY, DUPLICATE, UNWRITABLE = DROPPED = "empty", "there before", "a character that the tokenizer cannot write"
-MARKS, ENDS, CONTROLS = CHANGED = "byte order marks removed", "line ends made \\n", "control characters removed"
+BOMS, ENDS, CONTROLS = CHANGED = "byte order marks removed", "line ends made \\n", "control characters removed"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -57,7 +57,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class Block:
-    """Some whole documents of a file: its bytes from `offset` on, which are in line `line`."""
+    """Some whole documents of a file: its bytes from `offset` on, which begin in line `line`."""
 
     path: str
     offset: int
@@ -76,7 +76,7 @@ def blocks(path: Path) -> Iterator[Block]:
     """
     with open(path, "rb") as file:
         buffer, offset, line = file.read(BLOCK), 0, 1
-        kind = "lines" if path.suffix == ".jsonl" else "marks" if MARK.search(buffer) else "plain"
+        kind = "lines" if path.suffix == ".jsonl" else "marks" if DIVIDER.search(buffer) else "plain"
         while buffer:
             more = file.read(BLOCK)
             if end := _end_of_documents(buffer, kind) if more else len(buffer):
@@ -98,7 +98,7 @@ def _end_of_documents(data: bytes, kind: str) -> int:
         return _end_of_passage(data)
     end = len(data)
     while (end := data.rfind(b"<|endoftext|>", 0, end)) >= 0:
-        if (mark := MARK.match(data, end)) and mark[0].endswith(b"\n"):
+        if (mark := DIVIDER.match(data, end)) and mark[0].endswith(b"\n"):
             return mark.end()
     return 0
 
@@ -125,7 +125,7 @@ def documents(block: Block) -> Iterator[str]:
             start += len(line) + 1
         return
     start = 0
-    for mark in [*MARK.finditer(data), None]:
+    for mark in [*DIVIDER.finditer(data), None]:
         end = mark.start() if mark else len(data)
         while block.kind == "plain" and end - start > PASSAGE:
             cut = start + _end_of_passage(data[start : start + PASSAGE])
@@ -165,9 +165,10 @@ def clean(text: str) -> tuple[str, Counter[str]]:
     """The text without control characters, byte order marks, and white space around it, its lines ended by \\n only;
     and how many of each were changed.
 
-    The form of accents stays as it is (no NFC): LLaMA's tokenizers tell é from e + ´, and so will a reader's text.
+    Accents stay as they are, one character with the letter or two (no NFC): what comes out of the tokens is what went
+    in, as with the tokenizers themselves.
     """
-    changed = Counter({MARKS: text.count("\ufeff"), ENDS: text.count("\r")})
+    changed = Counter({BOMS: text.count("\ufeff"), ENDS: text.count("\r")})
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text, changed[CONTROLS] = CONTROL.subn("", text.replace("\ufeff", ""))
@@ -180,12 +181,12 @@ def fingerprint(text: str) -> bytes:
     words = " ".join(text.split())
     if not words.isascii():
         words = unicodedata.normalize("NFC", words)
-    return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(words.encode(), digest_size=16).digest()
 
 
-def is_held_out(mark: bytes, holdout: float, seed: int) -> bool:
+def is_held_out(fingerprint: bytes, holdout: float, seed: int) -> bool:
     """Whether a document with this fingerprint is held out: a matter of its words and the seed, not of where it was."""
-    drawn = hashlib.blake2b(mark, digest_size=8, key=str(seed).encode()).digest()
+    drawn = hashlib.blake2b(fingerprint, digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(drawn, "big") < holdout * 2**64
 
 
@@ -197,16 +198,16 @@ class Seen:
     def __init__(self) -> None:
         self.sorted, self.recent = np.empty(0, "S16"), set[bytes]()
 
-    def first(self, marks: np.ndarray) -> np.ndarray:
+    def first(self, prints: np.ndarray) -> np.ndarray:
         """For each of these fingerprints (N,) S16, whether it is there for the first time (N,)."""
-        old = np.zeros(len(marks), bool)
+        old = np.zeros(len(prints), bool)
         if len(self.sorted):
-            at = np.searchsorted(self.sorted, marks)
-            old = self.sorted[np.minimum(at, len(self.sorted) - 1)] == marks
-        for i, mark in enumerate(marks.tolist()):
+            at = np.searchsorted(self.sorted, prints)
+            old = self.sorted[np.minimum(at, len(self.sorted) - 1)] == prints
+        for i, fingerprint in enumerate(prints.tolist()):
             if not old[i]:
-                old[i] = mark in self.recent
-                self.recent.add(mark)
+                old[i] = fingerprint in self.recent
+                self.recent.add(fingerprint)
         if len(self.recent) >= self.RECENT:
             self.sorted = np.concatenate([self.sorted, np.array(sorted(self.recent), "S16")])
             self.sorted.sort(kind="stable")  # which is quick where two sorted rows meet
@@ -222,7 +223,7 @@ class Cut:
     """The documents of a block as tokens: their fingerprints (N,) S16, whether they are held out (N,), their numbers of
     tokens (N,), and the tokens, one document after the other; and what was counted on the way."""
 
-    marks: np.ndarray
+    prints: np.ndarray
     held_out: np.ndarray
     lengths: np.ndarray
     tokens: np.ndarray
@@ -230,7 +231,8 @@ class Cut:
 
 
 def cut(block: Block, tokenizer: Tokenizer, holdout: float, seed: int) -> Cut:
-    marks, held_out, rows, counts = [], [], [], Counter[str]()
+    """All that can be done to a block without knowing the others."""
+    prints, held_out, rows, counts = [], [], [], Counter[str]()
     for text in documents(block):
         counts["read"] += 1
         text, changed = clean(text)
@@ -243,12 +245,12 @@ def cut(block: Block, tokenizer: Tokenizer, holdout: float, seed: int) -> Cut:
         except ValueError:
             counts[UNWRITABLE] += 1
             continue
-        marks.append(fingerprint(text))
-        held_out.append(is_held_out(marks[-1], holdout, seed))
+        prints.append(fingerprint(text))
+        held_out.append(is_held_out(prints[-1], holdout, seed))
         rows.append(np.array(ids, token_type(tokenizer.vocab_size)))
     lengths = np.array([len(row) for row in rows], np.int64)
     tokens = np.concatenate(rows) if rows else np.empty(0, token_type(tokenizer.vocab_size))
-    return Cut(np.array(marks, "S16"), np.array(held_out, bool), lengths, tokens, counts)
+    return Cut(np.array(prints, "S16"), np.array(held_out, bool), lengths, tokens, counts)
 
 
 def token_type(vocab_size: int) -> str:
@@ -349,7 +351,7 @@ def prepare(
         found = (block for path in paths for block in blocks(path))
         with tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
             for block, row in _cut_all(found, unfinished, tokenizer, holdout, seed, processes):
-                fresh = seen.first(row.marks)
+                fresh = seen.first(row.prints)
                 counts += row.counts + Counter({DUPLICATE: int((~fresh).sum())})
                 for side, held_out in (("train", False), ("held-out", True)):
                     chosen = fresh & (row.held_out == held_out)

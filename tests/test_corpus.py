@@ -114,6 +114,20 @@ def test_the_share_that_is_held_out_is_the_share_that_was_asked_for_and_the_seed
     assert all(corpus.is_held_out(mark, 0.3, 0) for mark in marks if corpus.is_held_out(mark, 0.1, 0))
 
 
+def test_a_fingerprint_is_of_the_words_and_nothing_else():
+    same = ["\u00e9t\u00e9 \u4e2d", "e\u0301te\u0301\n\n\u4e2d", "  \u00e9te\u0301\t\u4e2d "]
+    others = [
+        "ete \u4e2d",
+        "\u00c9t\u00e9 \u4e2d",
+        "\u00e9t\u00e9\u4e2d",
+        "\u00e9t\u00e9 \u4e2d.",
+        "\u4e2d \u00e9t\u00e9",
+    ]
+    assert len({corpus.fingerprint(text) for text in same}) == 1
+    assert len({corpus.fingerprint(text) for text in same + others}) == 1 + len(others)
+    assert len(corpus.fingerprint("")) == 16
+
+
 def test_a_book_is_cut_into_passages_where_paragraphs_end_and_loses_nothing(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "BLOCK", 10_000)
     paragraphs = [" ".join(f"word{n}-{i}" for i in range(n % 90)) + "é" for n in range(200)]
