@@ -50,8 +50,10 @@ def prepare(
     except KeyboardInterrupt:
         print("minillama: stopped; nothing was written, the same command begins again.", file=sys.stderr)
         raise typer.Exit(130) from None
-    for name, count, unit in _lines(report):
-        print(f"{name:<32}{count:>16,} {unit}".rstrip())
+    lines = _lines(report)
+    width = max(len(name) for name, _, _ in lines)
+    for name, count, unit in lines:
+        print(f"{name:<{width}}{count:>16,} {unit}")
     print(f"{report.size / 1e6 / report.seconds:.1f} MB/s. To train on it: minillama train --data {out}")
 
 
