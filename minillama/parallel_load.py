@@ -41,11 +41,11 @@ def load_share(
     if layout.processes != layout.tp:
         raise ValueError(f"the layout is {layout}, and to write takes tp alone, as tp=2: the rest shares out batches.")
     make_mesh(layout, device.type)
-    beside = int(os.environ["LOCAL_WORLD_SIZE"]) if device.type == "cpu" else 1  # who take from the same memory
-    model, tokenizer = load(
-        name_or_path, device=device, dtype=dtype, max_memory=free_memory(device) / beside,
-        share=partial(share, part=dist.get_rank(), parts=layout.tp),
-    )  # fmt: skip
+    free = free_memory(device)
+    if device.type == "cpu":  # all processes of a machine take from the same memory
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", layout.tp))
+    part = partial(share, part=dist.get_rank(), parts=layout.tp)
+    model, tokenizer = load(name_or_path, device=device, dtype=dtype, max_memory=free, share=part)
     connect(model)
     return model, tokenizer
 

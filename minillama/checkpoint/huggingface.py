@@ -155,7 +155,7 @@ def _pickled(path: Path) -> Tensors:
         if not tensor.is_floating_point() and not key.endswith("inv_freq"):
             raise ValueError(f"{path}: {key!r:.80} is {tensor.dtype}, expected floating-point numbers.")
     return {
-        key: (tuple(tensor.shape), dtype_name(tensor), partial(_copy, tensor), partial(part_of, tensor, tensor.shape))
+        key: (tuple(tensor.shape), dtype_name(tensor), partial(_copy, tensor), partial(found.__getitem__, key))
         for key, tensor in found.items()
     }
 

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def complain(sentence: str) -> int:
     if int(os.environ.get("RANK", 0)):  # the first of several processes says it, and torchrun then ends the others
-        time.sleep(5)  # who is alive after that is the only one to know
+        time.sleep(30)  # who is alive after that is the only one to know
     print("minillama:", " ".join(sentence.split()), file=sys.stderr)
     return 2
 
