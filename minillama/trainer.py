@@ -51,6 +51,7 @@ class TrainSettings:
     optimizer: "muon" (for the blocks' matrices; AdamW for the rest) or "adamw" (for everything).
     clip: the largest norm of the gradient as a whole. accumulate: batches whose gradients are added up for one step.
     precision: "float32", or "bfloat16" for matrix products in bf16 (weights and sums stay in fp32).
+    checkpointing: keep each block's input only for the way back; see `Llama`.
     validate_every, save_every: in steps.
     """
 
@@ -63,6 +64,7 @@ class TrainSettings:
     clip: float = 1.0
     accumulate: int = 1
     precision: str = "float32"
+    checkpointing: bool = False
     validate_every: int = 100
     save_every: int = 100
 
@@ -196,6 +198,9 @@ class Trainer:
         self.folder = Path(self.folder)
         self.optimizers = make_optimizers(self.model, self.settings, self.team.muon)
         self.device = next(self.model.parameters()).device
+        for module in self.model.modules():
+            if isinstance(module, Llama):
+                module.checkpointing = self.settings.checkpointing
         self.step = 0
         self.records: list[dict[str, Any]] = []
 

@@ -404,6 +404,13 @@ def test_a_batch_with_very_many_logits_trains_as_any_other(monkeypatch, tied):
         torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
 
 
+def test_checkpointing_trains_to_the_same_bits(uninterrupted, tmp_path):
+    trainer = make_trainer(tmp_path, dataclasses.replace(SETTINGS, checkpointing=True))
+    assert trainer.model.checkpointing
+    run_with_one_thread(trainer)
+    assert_same_run(uninterrupted, trainer)
+
+
 def test_bf16_training_keeps_the_weights_in_fp32_and_learns(tmp_path):
     trainer = make_trainer(tmp_path, TrainSettings(steps=24, warmup=3, learning_rate=0.01, precision="bfloat16"))
     trainer.run()
