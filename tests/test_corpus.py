@@ -547,6 +547,11 @@ def test_prepare_says_what_was_kept_and_what_was_dropped_and_why(run, tokenizer,
     assert (code, out) == (2, "") and err.endswith("out is there already: choose another folder, or delete it first.\n")
 
 
+def test_data_alone_says_what_there_is(run):
+    code, out, err = run("data")
+    assert (code, err) == (0, "") and "Make text ready to train on." in out and "prepare" in out
+
+
 def test_prepare_without_a_tokenizer_or_a_file_is_one_sentence(run, tokenizer, tmp_path):
     tokenizer.save(tmp_path / "words")
     write(tmp_path / "a.txt", STORIES)

@@ -11,8 +11,15 @@ from minillama.cli.app import app, option
 if TYPE_CHECKING:
     from minillama.corpus import Report
 
-data = typer.Typer(help="Make text ready to train on.", rich_markup_mode="rich", no_args_is_help=True)
+data = typer.Typer(rich_markup_mode="rich")
 app.add_typer(data, name="data", rich_help_panel="Learn")
+
+
+@data.callback(invoke_without_command=True)
+def _start(context: typer.Context) -> None:
+    """Make text ready to train on."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @data.command()
