@@ -84,9 +84,9 @@ def test_the_training_benchmark_runs_through_the_runner_with_a_tiny_budget(monke
     monkeypatch.setattr(training, "peak_flops", lambda dtype: 1e15)
     for target in ("TARGET", "PLAIN_TARGET", "THEIRS_TARGET"):
         monkeypatch.setattr(training, target, 0.0)
-    for target in ("AROUND_TARGET", "HEAD_TARGET"):
-        monkeypatch.setattr(training, target, 1e9)
-    monkeypatch.setattr(training, "head_and_loss", lambda way: {"peak": 1e6, "seconds": 1.0})
+    monkeypatch.setattr(training, "AROUND_TARGET", 1e9)
+    peaks = {"chunks": 1e6, "whole": 3e6, "checkpointing": 1e6, "not": 2e6}
+    monkeypatch.setattr(training, "alone", lambda name, way: {"peak": peaks[way], "seconds": 1.0})
     assert runner.main(["training", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
     assert "| training the toy, fp32, against transformers " in out and "torch " in out and "not met" not in out

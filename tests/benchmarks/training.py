@@ -7,8 +7,8 @@ One thread for both, which suits models of these sizes best; nothing compiled; g
   in bf16 where the machine is quick at it. Peers train in fp32, eager, as their usual scripts do: transformers, with
   the same weights and the AdamW (fused) that its own trainer takes; and a GPT of torch.nn's parts with torch's AdamW as
   it comes, of the same sizes but for the feed-forward layer: 0.818 and 2.744 million weights, ours 0.821 and 2.903.
-- The head and the loss a few rows at a time, against all logits at once: the peak of a fresh process's resident memory,
-  less what it had before (Linux only), and the time.
+- The head and the loss a few rows at a time, and activation checkpointing, against without: the peak of a fresh
+  process's resident memory, less what it had before (Linux only), and the time.
 - The share of the speed at which the machine multiplies large square matrices that such a step reaches, and what data,
   records and checkpoints cost beside the steps of a run.
 """
@@ -33,6 +33,8 @@ from minillama import load
 from minillama.cli.train import quick_precision
 from minillama.config import ModelConfig
 from minillama.data import Batch, StoryBatches, TextBatches
+from minillama.linear import linear
+from minillama.loss import cross_entropy, head_cross_entropy
 from minillama.model import Llama
 from minillama.roofline import peak_flops
 from minillama.trainer import Trainer, TrainSettings, make_optimizers
@@ -45,28 +47,23 @@ ROUNDS = 15
 TARGET = 1.2
 ROWS, LENGTH = 16, 130  # of a batch; a story is about this long
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}  # of the losses, relative
-PLAIN_TARGET, THEIRS_TARGET, AROUND_TARGET, HEAD_TARGET = 1.5, 1.7, 1.03, 0.5
+PLAIN_TARGET, THEIRS_TARGET, AROUND_TARGET = 1.5, 1.7, 1.03
 STEPS = 100  # of a run: as many as between two of its checkpoints
 TOKENS, VOCABULARY, DIM = 2048, 49_152, 64  # of the head
 
-HEAD = """
+CHILD = """
 import json, sys, time
 import torch
-from minillama.linear import linear
-from minillama.loss import cross_entropy, head_cross_entropy
+from tests.benchmarks import training
 
 def status(field):  # bytes
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 torch.set_num_threads(1)
-way, tokens, vocabulary, dim = sys.argv[1], *map(int, sys.argv[2:])
-x, head = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocabulary, dim, requires_grad=True)
-targets = torch.randint(vocabulary, (tokens,))
-head_cross_entropy(x[:2], head, targets[:2]).backward()  # warms up
+call = getattr(training, sys.argv[1])(sys.argv[2])
 before, start = status("VmRSS"), time.perf_counter()
-loss = head_cross_entropy(x, head, targets) if way == "chunks" else cross_entropy(linear(x, head), targets)
-loss.backward()
+call()
 print(json.dumps({"seconds": time.perf_counter() - start, "peak": status("VmHWM") - before}))
 """
 
@@ -100,12 +97,36 @@ def against_plain(config: ModelConfig, shape: tuple[int, int], settings: TrainSe
         return race(trainer._one_step, lambda: plain_step(peer, optimizer, batch, settings.clip), rounds)
 
 
-def head_and_loss(way: str) -> dict[str, float]:
-    """Seconds, and bytes of the peak, of the head, the loss and their gradients: in "chunks", or as a "whole"."""
-    sizes = map(str, (TOKENS, VOCABULARY, DIM))
-    child = subprocess.run([sys.executable, "-c", HEAD, way, *sizes], capture_output=True, text=True, cwd=ROOT)
+def head_and_loss(way: str) -> Callable[[], None]:
+    """To call: the head, the loss and their gradients, in "chunks" or as a "whole". What warms up is done."""
+    x, head = torch.randn(TOKENS, DIM, requires_grad=True), torch.randn(VOCABULARY, DIM, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (TOKENS,))
+
+    def call(count: int = TOKENS) -> None:
+        if way == "chunks":
+            head_cross_entropy(x[:count], head, targets[:count]).backward()
+        else:
+            cross_entropy(linear(x[:count], head), targets[:count]).backward()
+
+    call(2)
+    return call
+
+
+def step_of(way: str) -> Callable[[], Any]:
+    """To call: a step of the 2.9M model in fp32, with "checkpointing" or "not". What warms up is done."""
+    config, rows = CHARACTERS["2.9M"]
+    few, many = random_batch(config, (1, 8)), random_batch(config, (rows, config.max_seq_len))
+    settings = TrainSettings(steps=10**6, warmup=0, learning_rate=1e-3, checkpointing=way == "checkpointing")
+    trainer = Trainer(Llama(config).train(), None, lambda step: many if step else few, settings, Path("unused"))
+    trainer._one_step()
+    return trainer._one_step
+
+
+def alone(name: str, way: str) -> dict[str, float]:
+    """Seconds, and bytes of the peak, of what the function `name` prepares, in a process of its own."""
+    child = subprocess.run([sys.executable, "-c", CHILD, name, way], capture_output=True, text=True, cwd=ROOT)
     if child.returncode:
-        raise ValueError(f"the head was not measured: {child.stderr.strip().splitlines()[-1]}")
+        raise ValueError(f"{name} was not measured: {child.stderr.strip().splitlines()[-1]}")
     return json.loads(child.stdout)
 
 
@@ -206,11 +227,17 @@ def rows(rounds: int = ROUNDS) -> list[dict[str, Any]]:
             name = f"training {size}, {precision}, against the peak of large products"
             found.append(row(name, reached / 1e9, peaks[precision] / 1e9, "GFLOP/s", reached / peaks[precision]))
 
-    both = [[head_and_loss(way) for way in ("chunks", "whole")] for _ in range(min(rounds, 3))]
-    for key, name, unit, most in (("peak", "peak memory", "MB", HEAD_TARGET), ("seconds", "time", "s", None)):
-        ours, peer = (statistics.median(pair[i][key] for pair in both) / (1e6 if unit == "MB" else 1) for i in (0, 1))
-        name = f"head and loss of {TOKENS:,} tokens among {VOCABULARY:,}: {name} in chunks, against whole"
-        found.append(row(name, ours, peer, unit, ours / peer, at_most=most))
+    for name, ways, words, most in (
+        ("head_and_loss", ("chunks", "whole"), f"head and loss, {TOKENS:,} tokens of {VOCABULARY:,}, in chunks", 0.5),
+        ("step_of", ("checkpointing", "not"), "a step of 2.9M, fp32, with checkpointing", 0.7),
+    ):
+        pairs = [[alone(name, way) for way in ways] for _ in range(min(rounds, 3))]
+        peaks_of = [statistics.median(pair[i]["peak"] / 1e6 for pair in pairs) for i in (0, 1)]
+        times_of = [statistics.median(pair[i]["seconds"] for pair in pairs) for i in (0, 1)]
+        found += [
+            row(f"{words}: peak, against without", *peaks_of, "MB", peaks_of[0] / peaks_of[1], at_most=most),
+            row("… and time", *times_of, "s", times_of[0] / times_of[1]),
+        ]
 
     settings = TrainSettings(steps=STEPS, warmup=0, learning_rate=1e-3, precision=quick)
     config, batch = CHARACTERS["0.8M"]
