@@ -215,6 +215,8 @@ def test_what_is_sent_in_rings() -> None:
     assert sum(sharded.values()) < 1.5 * sum(ddp.values())
     tp = plan(Run(config=ODD, tp=2, batch=3 * 64)).sent
     assert tp["activations"] == pytest.approx(3 * 3 * 4 * 64 * 50 * 2)  # passes, blocks, sums, tokens, dim, bf16
+    again = plan(Run(config=ODD, tp=2, batch=3 * 64, checkpointing=True)).sent
+    assert again["activations"] == pytest.approx(1.5 * tp["activations"])  # the forward pass a second time
 
 
 # What is refused
