@@ -8,6 +8,7 @@ brought together while it computes. tp: the matrices of a block are cut, and eac
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -103,7 +104,11 @@ def start(device: str) -> torch.device:
     place = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    # What an attempt leaves in torchrun's store is still there in the next one, so each takes a place of its own.
+    store, rank, processes = next(iter(dist.rendezvous("env://")))
+    place_of_attempt = dist.PrefixStore(f"attempt {store.add(f'attempts of {rank}', 1)}", store)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=place_of_attempt, rank=rank, world_size=processes)
     return place
 
 
@@ -136,6 +141,7 @@ def distribute(model: Llama, layout: Layout, half: bool = False) -> "Team":
         cut(model, mesh["tp"])
     data = mesh["dp", "fsdp"] if layout.dp > 1 else mesh["fsdp"]
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # we change no scores in place
     for block in model.blocks:
         fully_shard(block, mesh=data, mp_policy=policy if half else MixedPrecisionPolicy())
     fully_shard(model, mesh=data)

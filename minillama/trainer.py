@@ -339,9 +339,10 @@ class Trainer:
         self.team.read(self.model.state_dict(), folder / WEIGHTS)
 
     def _optimizer_states(self) -> dict[str, Tensor]:
+        """What the optimizers remember of each parameter; a single number as a vector (1,)."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        states = ((p, state) for optimizer in self.optimizers for p, state in optimizer.state.items())
-        return {f"{names[p]}.{kind}": value for p, state in states for kind, value in state.items()}
+        states = ((names[p], state) for optimizer in self.optimizers for p, state in optimizer.state.items())
+        return {f"{name}.{kind}": t if t.dim() else t.view(1) for name, state in states for kind, t in state.items()}
 
     def _read_optimizer_states(self, path: Path) -> None:
         parameters = dict(self.model.named_parameters())
@@ -350,9 +351,9 @@ class Trainer:
         with safe_open(path, "pt") as file:
             for key in file.keys():
                 name, _, kind = key.rpartition(".")
-                p = parameters[name]  # a state has its shape, or is a single number
-                empty = torch.zeros_like(p) if file.get_slice(key).get_shape() else torch.zeros((), device=self.device)
-                owners[p].state[p][kind] = empty
+                p = parameters[name]
+                single = file.get_slice(key).get_shape() == [1]
+                owners[p].state[p][kind] = torch.zeros((), device=self.device) if single else torch.zeros_like(p)
         self.team.read(self._optimizer_states(), path)
 
     def _remove_old(self) -> None:
@@ -404,13 +405,13 @@ class Trainer:
                     f"{self.folder} holds a run with {name} {state['settings'][name]}, not {value}: "
                     f"go on with the same settings, or choose another folder."
                 )
-        self._read(checkpoint)
         try:
+            self._read(checkpoint)
             self._read_optimizer_states(checkpoint / OPTIMIZER)
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(
-                f"{checkpoint / OPTIMIZER} cannot be read ({type(error).__name__}), expected the optimizers' states: "
-                f"delete the folder {checkpoint.name}."
+                f"{checkpoint} cannot be read ({type(error).__name__}), expected weights and what the optimizers "
+                f"remember of them: delete the folder {checkpoint.name}."
             ) from error
         torch.set_rng_state(state["random"].cpu())
         self.step = state["step"]

@@ -14,7 +14,9 @@ from minillama.cli.app import Device, app, best_device, from_utf8, option
 
 if TYPE_CHECKING:
     from minillama.data import TextBatches, Validation
+    from minillama.parallel import Team
     from minillama.tokenizer import Tokenizer
+    from minillama.trainer import Alone
 
 VALIDATION_STORIES, VALIDATION_WINDOWS = 200, 64
 
@@ -32,6 +34,9 @@ def train(
     batch_size: Annotated[int, option("Run", "Stories, or windows of text, in a step.", min=1)] = 16,
     optimizer: Annotated[str, option("Run", "muon or adamw.")] = "muon",
     learning_rate: Annotated[float, option("Run", "Its peak.")] = 1e-2,
+    parallel: Annotated[
+        str | None, option("Run", "Under torchrun, how the processes share the work: dp=2, fsdp=2,tp=2 …")
+    ] = None,
     seed: Annotated[int, option("Run", "For the first weights and the order of the data.")] = 0,
     text: Annotated[list[Path] | None, option("Data", "Your own text, a UTF-8 file (may be given again).")] = None,
     data: Annotated[Path | None, option("Data", "Or a folder that `minillama data prepare` wrote.")] = None,
@@ -54,6 +59,7 @@ def train(
       minillama train --text book.txt --text letters.txt --out runs/book
       minillama train --data corpora/books --out runs/books
       minillama generate --checkpoint runs/book/step-2000
+      torchrun --nproc-per-node 4 -m minillama train --parallel fsdp=2,tp=2
     """
     import torch
 
@@ -63,14 +69,22 @@ def train(
     from minillama.corpus import ShardBatches, corpus_validation
     from minillama.data import StoryBatches, story_validation
     from minillama.tokenizer import load_tokenizer
-    from minillama.trainer import Trainer, TrainSettings, checkpoints
+    from minillama.trainer import ALONE, Trainer, TrainSettings, checkpoints
 
-    config, place = ModelConfig.preset(preset), check_device(device or best_device())
+    config, layout = ModelConfig.preset(preset), None
+    team: Alone | Team = ALONE
+    if parallel is None:
+        place = check_device(device or best_device())
+    else:
+        from minillama.parallel import Layout, distribute, start, stop
+
+        layout = Layout.parse(parallel)
+        place = start(device or best_device())
     settings = TrainSettings(
         steps=steps, learning_rate=learning_rate, warmup=min(50, max(0, steps) // 10), optimizer=optimizer,
         precision=precision or quick_precision(place.type),
     )  # fmt: skip
-    if place.type == "cpu" and (needed := config.training_bytes()) > (free := free_memory()):
+    if layout is None and place.type == "cpu" and (needed := config.training_bytes()) > (free := free_memory()):
         raise ValueError(f"{preset} needs {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free: try toy.")
     if (width := window or 256) > config.max_seq_len:
         raise ValueError(f"--window is {width}, expected at most {config.max_seq_len}, the context of {preset}.")
@@ -106,16 +120,24 @@ def train(
         source, content = "stories", batches(0).inputs
     out = out or Path("runs") / preset
     digest = hashlib.sha256(content.numpy().tobytes()).hexdigest()[:8]  # of the text and the tokenizer
-    claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": f"{source} {digest}"})
-
     torch.manual_seed(seed)
     model = Llama(replace(config, vocab_size=words.vocab_size)).to(place)
-    trainer = Trainer(model, words, batches, settings, out, validation)
+    if layout:
+        team = distribute(model, layout, half=settings.precision == "bfloat16")
+    if team.first:
+        claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": f"{source} {digest}"})
+    team.wait()
+    trainer = Trainer(model, words, batches, settings, out, validation, team=team)
     try:
         trainer.run()
     except KeyboardInterrupt as stopped:
         print(f"minillama: {stopped or 'stopped; the same command goes on from the last checkpoint'}.", file=sys.stderr)
         raise typer.Exit(130) from None
+    if layout:
+        stop()
+        if not team.first:
+            return
+        model, _ = load(checkpoints(out)[-1])  # to write takes all of it
     loss, floor = trainer.records[-1]["validation"], validation.floor
     print(f"Validation loss: {loss:.4f}.", "" if floor is None else f"Floor: {floor:.4f}. KL: {loss - floor:.4f}.")
     print(generate(model, words, beginning, max_new_tokens=200, temperature=0.8, seed=0))

@@ -134,7 +134,7 @@ def uninterrupted(tmp_path_factory) -> Trainer:
 def assert_same_losses(records: list[dict], trainer: Trainer) -> None:
     assert [record["step"] for record in records] == [record["step"] for record in trainer.records]
     for record, other in zip(records, trainer.records, strict=True):
-        for name in record.keys() - {"seconds"}:
+        for name in [name for name in record if name != "seconds"]:
             assert record[name] == pytest.approx(other[name], rel=1e-5), (name, record["step"])
 
 
@@ -205,7 +205,7 @@ def torchrun(folder: Path, killed_at: int, restarts: int) -> subprocess.Complete
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, *run, "-m", "tests.distributed.together", str(folder), "fsdp=2", str(killed_at)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
 
 def test_a_killed_process_ends_the_job(tmp_path):
