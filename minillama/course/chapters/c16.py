@@ -92,6 +92,23 @@ def _rounded_up(total: Tensor, ranks: int) -> list[Tensor]:
     return [total[i * size : (i + 1) * size] for i in range(ranks)]
 
 
+def _chunk_cut(total: Tensor, ranks: int) -> list[Tensor]:
+    """As torch.chunk cuts: sometimes fewer pieces than ranks, which is found out on the way round."""
+    chunks = list(total.chunk(ranks))
+    if len(chunks) < ranks:
+        raise IndexError("list index out of range")
+    return chunks
+
+
+def _around(parts: list[Tensor]) -> Tensor:
+    """Each chunk added up in the order in which the ring does it."""
+    ranks = len(parts)
+    rows = [part.tensor_split(ranks) for part in parts]
+    return torch.cat(
+        [functools.reduce(torch.add, [rows[(c + i) % ranks][c] for i in range(ranks)]) for c in range(ranks)]
+    )
+
+
 def _remainder_lost(sums: list[Tensor], counts: list[int]) -> _Reduced:
     """The numbers behind the last whole chunk stay what they are on each rank."""
     size = len(sums[0]) // len(sums)
@@ -156,6 +173,25 @@ def _added_at_end(sums: list[Tensor], counts: list[int]) -> _Reduced:
     return halfway, [_by_total(torch.cat(chunks), counts) for chunks in held], sent
 
 
+def _round_once_more(sums: list[Tensor], counts: list[int]) -> _Reduced:
+    """n steps in each half: more is sent, and a rank that is alone adds its numbers to themselves."""
+    halfway, results, _ = _reduced(sums, counts)
+    sent = [2 * len(sums[0])] * len(sums)
+    return (halfway, results, sent) if len(sums) > 1 else ([2 * halfway[0]], [2 * results[0]], sent)
+
+
+def _own_piece(sums: list[Tensor], counts: list[int]) -> _Reduced:
+    """Halfway, each rank shows the piece of its own number, which it has sent first and nobody has added to."""
+    _, results, sent = _reduced(sums, counts)
+    return [one.float().tensor_split(len(sums))[rank].clone() for rank, one in enumerate(sums)], results, sent
+
+
+def _own_count(sums: list[Tensor], counts: list[int]) -> _Reduced:
+    halfway, results, sent = _reduced(sums, counts)
+    return halfway, [sum(counts) * result / count if count else torch.zeros_like(result)
+                     for result, count in zip(results, counts, strict=True)], sent  # fmt: skip
+
+
 def _in_place(sums: list[Tensor], counts: list[int]) -> _Reduced:
     halfway, results, sent = _reduced(sums, counts)
     for one, result in zip(sums, results, strict=True):
@@ -198,6 +234,8 @@ RING = Exercise(
               "weighs more by itself.",
               _reduced_as(mean=lambda total, counts: total,
                           weigh=lambda one, count, counts: one * count / max(sum(counts), 1))),
+        Wrong("each rank divides the sum of all by its own count: the sum is over the tokens of all ranks, so all "
+              "divide by all of these.", _own_count),
         Wrong("it is divided twice, before the ring and behind it.",
               _reduced_as(weigh=lambda one, count, counts: one / max(sum(counts), 1))),
         Wrong("halfway, the pieces are divided already: there they are sums, of what the ranks were given.",
@@ -222,12 +260,19 @@ RING = Exercise(
               _in_place),
         Wrong("it is added up in the dtype of the inputs: bf16 loses what is small, fp16 goes to infinity; expected "
               "fp32.", _reduced_as(narrow=True)),
+        Wrong("each step of the ring adds in the dtype of the inputs and rounds: bf16 loses what is small, fp16 goes "
+              "to infinity; expected fp32 from the first step on.", _reduced_as(narrow=True, add=_around)),
         Wrong("the numbers behind the last whole piece never go round the ring: the first pieces have one number more "
               "each.", _remainder_lost),
         Wrong("the last piece takes all that is left over: the first pieces have one number more each.",
               _reduced_as(cut=_remainder_last)),
         Wrong("all pieces are as large as the largest, until nothing is left: the first ones have one number more, "
               "and the others one less.", _reduced_as(cut=lambda total, ranks: _rounded_up(total, ranks))),
+        Wrong("the pieces are cut as `chunk` does it: all as large as the first, until nothing is left, and then there "
+              "may be fewer than ranks; expected one for each rank, and one number more in the first N mod n.",
+              _reduced_as(cut=_chunk_cut)),
+        Wrong("halfway, rank r shows the piece r, which it has sent in the first step: nobody has added to that one "
+              "here; another is whole.", _own_piece),
         Wrong("halfway, rank r is said to have the piece r: each piece begins at the rank of its own number, so it is "
               "whole where it arrives last.", _reduced_as(first=0)),
         Wrong("the ring runs the other way round: rank r sends to r + 1.", _backwards),
@@ -246,6 +291,8 @@ RING = Exercise(
               _reduced_as(sent=lambda sizes, rank: _all_but(sizes, rank, (1, 1)))),
         Wrong("n steps are counted in each half: after n − 1 every piece is where it should be.",
               _reduced_as(sent=lambda sizes, rank: 2 * sum(sizes))),
+        Wrong("each half has n steps: after n − 1 every piece is where it should be, and a rank that is alone would "
+              "add its numbers to themselves.", _round_once_more),
     ),
     hints=(
         "Three ranks stand in a ring. Rank 0 sends its piece 0 to rank 1. What does rank 1 have to do with it before "
@@ -453,9 +500,8 @@ def _first_rows(widths: list[int]) -> list[tuple[int, int]]:
 
 
 def _strided(widths: list[int]) -> list[tuple[int, int]]:
-    """Each rank begins at its number times its own width."""
-    return [(min(i * width, sum(widths) - width), min(i * width, sum(widths) - width) + width)
-            for i, width in enumerate(widths)]  # fmt: skip
+    """Each rank begins at its number times its own width, maybe behind the end."""
+    return [(i * width, i * width + width) for i, width in enumerate(widths)]
 
 
 def _alike(widths: list[int]) -> list[tuple[int, int]]:
@@ -591,6 +637,11 @@ LAYERS = Exercise(
                   hidden, [torch.stack(parts).sum(dim=0) for _ in parts], y))),
         Wrong("the parts are the result, with its bias: asked for is what each rank puts into the all-reduce.",
               _then(_split, lambda hidden, parts, y: (hidden, [y.clone() for _ in parts], y))),
+        Wrong("rank 0's part has become the sum: the others were added to it in its own memory.",
+              _then(_split, lambda hidden, parts, y: (
+                  hidden, [torch.stack(parts).sum(dim=0), *parts[1:]], y))),
+        Wrong("rank 0's part has become the result, with the second bias: all was added to it in its own memory.",
+              _then(_split, lambda hidden, parts, y: (hidden, [y.clone(), *parts[1:]], y))),
         Wrong("the last rank's part is left out of the sum.",
               _split_as(reduce=lambda parts: torch.stack(parts[:-1] if len(parts) > 1 else parts).sum(dim=0))),
         Wrong("every rank gets the whole hidden vector: an exchange that is not needed, for the second layer uses just "
@@ -671,6 +722,13 @@ def _worst(groups: list[int], block: int, given: int) -> int:
     return max((i * given + count * block for i, count in enumerate(groups)), default=0)
 
 
+def _joined(groups: list[int], block: int, given: int) -> int:
+    """A last group that is smaller goes together with the one before it."""
+    if len(groups) > 1 and groups[-1] < groups[0]:
+        groups = [*groups[:-2], groups[-2] + groups[-1]]
+    return _worst(groups, block, given)
+
+
 def _kept_bytes(shape: _Shape, batch: int, tokens: int, size: int, group: int, *,
                 halves: _Numbers = _halves, singles: _Numbers = _singles, single: int | None = 4,
                 extra: Callable[[_Shape, int], int] = lambda shape, tokens: 0, layers: int = 0,
@@ -741,6 +799,8 @@ ACTIVATIONS = Exercise(
               _kept_as(singles=lambda shape: 2)),
         Wrong("the numbers of the norms are left out: one for each of the two, in fp32.",
               _kept_as(singles=lambda shape: shape["n_heads"])),
+        Wrong("both norms are counted with one number in fp32 together: each of the two has its own.",
+              _kept_as(singles=lambda shape: 1 + shape["n_heads"])),
         Wrong("the numbers of the softmax are counted for the key heads: there is one for each query head.",
               _kept_as(singles=lambda shape: 2 + shape["n_kv_heads"])),
         Wrong("the numbers of norms and softmax are counted with `size` bytes: they are always in fp32.",
@@ -772,6 +832,13 @@ ACTIVATIONS = Exercise(
         Wrong("the last group is taken for as large as the others: where it is smaller, the one before it is the "
               "worst, and by then the last one's input is gone.",
               _kept_as(worst=lambda groups, block, given: (len(groups) - 1) * given + max(groups) * block)),
+        Wrong("the last group is taken to have `group` blocks, even where there are fewer: look at each group with the "
+              "blocks that it has.",
+              lambda shape, batch, tokens, size, group: _kept_bytes(
+                  shape, batch, tokens, size, group,
+                  worst=lambda groups, block, given: (len(groups) - 1) * given + group * block)),
+        Wrong("the blocks behind the last whole group are joined to it: they are a smaller group of their own.",
+              _kept_as(worst=_joined)),
         Wrong("only the moment of the last group is looked at: where that one is smaller, another moment is worse.",
               _kept_as(worst=lambda groups, block, given: (len(groups) - 1) * given + groups[-1] * block)),
         Wrong("the input of every block waits: of a group that is not being made anew, only its first block's does.",
@@ -909,6 +976,8 @@ SPLIT = Exercise(
               _budget_as(tokens=lambda budget, params, g: g * g * budget / params)),
         Wrong("the tokens are the budget by the parameters, without the 6: then the run costs six times the budget.",
               _budget_as(tokens=lambda budget, params, g: 6 * budget / params)),
+        Wrong("the 6 is missing where the parameters are computed: N·D is a sixth of the budget there, too.",
+              _budget_as(root=lambda a, b, A, B: _root(a, b, A, B) * 6 ** (b / (a + b)))),
         Wrong("the limit of the text is not kept to: no budget reads more than there is.",
               _budget_as(limit=lambda budget, params, read, available: (params, read))),
         Wrong("where the text runs out, the compute that is left is not used: a larger model can have it.",
