@@ -447,6 +447,15 @@ def flip(name: str, place: int) -> Callable[[Path], None]:
     return change
 
 
+def once_around(folder: Path) -> None:
+    """An index whose every step is upward, past the largest number and around to where it should end."""
+    starts = np.fromfile(folder / "train.index", "<u8")
+    steps = np.full(len(starts) - 1, 2, np.uint64)
+    steps[:4] = (2**64 + int(starts[-1]) - 2 * (len(steps) - 4)) // 4
+    steps[-1] += np.uint64((int(starts[-1]) - sum(map(int, steps))) % 2**64)
+    np.concatenate([starts[:1], steps.cumsum(dtype=np.uint64)]).astype("<u8").tofile(folder / "train.index")
+
+
 def other_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.model").unlink()
     SentencePieceTokenizer.train(STORIES[1:], vocab_size=400).save(folder)
@@ -479,6 +488,7 @@ def other_tokenizer(folder: Path) -> None:
         (flip("train.index", -1), "train.index does not rise from 0 to"),
         (flip("train.index", 0), "train.index does not rise from 0 to"),
         (flip("train.index", 9), "train.index does not rise from 0 to"),
+        (once_around, "train.index does not rise from 0 to"),
         (lambda folder: (folder / "held-out-00000.bin").unlink(), "held-out-00000.bin has 0 bytes, expected"),
         (other_tokenizer, "its tokenizer is not the one that it was prepared with"),
     ],

@@ -123,6 +123,13 @@ def test_a_server_that_never_speaks_is_given_up(server, tmp_path):
     assert len(server.asked) == 3 and not list(tmp_path.iterdir())
 
 
+def test_a_server_that_hangs_up_without_a_byte_is_given_up(server, tmp_path):
+    server.behave = lambda handler, start: handler.head(start)
+    with pytest.raises(ValueError, match=r"cannot be reached \(it broke off at byte 0 of 300000\)"):
+        fetch(file_at(server), tmp_path, attempts=3)
+    assert len(server.asked) == 3 and not list(tmp_path.glob("a.txt"))
+
+
 def test_a_server_that_knows_no_ranges_begins_anew(server, tmp_path):
     (tmp_path / "a.txt.partial").write_bytes(b"x" * 1000)
     server.behave = lambda handler, start: honest(handler, 0)
