@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minillama.config import ModelConfig
+from minillama.trainer import TrainSettings
 from tests.benchmarks import __main__ as runner
 from tests.benchmarks import harness
 
@@ -112,6 +113,40 @@ def test_training_is_not_compared_when_the_steps_differ(monkeypatch):
     monkeypatch.setattr(training, "make_optimizers", lambda model, _: [torch.optim.SGD(model.parameters(), lr=1e-3)])
     with pytest.raises(AssertionError, match=r"step 1: our loss is [\d.]+, transformers' [\d.]+"):
         training.measure(TINY, (2, 9), "float32", rounds=1)
+
+
+class Counter:
+    """Takes `seconds` a step by the clock."""
+
+    model = torch.nn.Identity()
+
+    def __init__(self, clock: Clock, steps: int, seconds: float):
+        self.clock, self.settings, self.seconds, self.done = clock, TrainSettings(steps=steps, warmup=0), seconds, 0
+
+    def _one_step(self) -> None:
+        self.done += 1
+        self.clock.now += self.seconds
+
+
+def test_two_runs_take_turns_until_each_has_done_all_of_its_steps(monkeypatch):
+    time_to_loss = pytest.importorskip("tests.benchmarks.time_to_loss")
+    clock = Clock(monkeypatch)
+    ours, peer = Counter(clock, 7, 2.0), Counter(clock, 45, 0.5)
+    assert time_to_loss.train_in_turns(ours, peer) == pytest.approx((14.0, 22.5))
+    assert (ours.done, peer.done) == (7, 45)
+
+
+def test_the_time_to_a_loss_is_measured_with_a_tiny_budget(monkeypatch):
+    time_to_loss = pytest.importorskip("tests.benchmarks.time_to_loss")
+    monkeypatch.setattr(time_to_loss.ModelConfig, "preset", lambda name: dataclasses.replace(TINY, vocab_size=2048))
+    monkeypatch.setattr(time_to_loss, "CHARACTERS", {"0.8M": (dataclasses.replace(TINY, n_kv_heads=6), 2)})
+    monkeypatch.setattr(time_to_loss, "LETTERS", 9000)
+    for name in ("OUR_STORIES", "THEIR_STORIES", "OUR_LETTERS", "THEIR_LETTERS"):
+        settings = dataclasses.replace(getattr(time_to_loss, name), steps=2, warmup=0)
+        monkeypatch.setattr(time_to_loss, name, settings)
+    above, _, _, letters, _ = time_to_loss.rows()
+    assert 6 < above["ours"] < 8 and not above["met"]  # ln 2048 less the floor, after two steps
+    assert 2.5 < letters["ours"] < 4 and 2.5 < letters["peer"] < 4  # ln 40 or so
 
 
 # The command, with made-up measurements

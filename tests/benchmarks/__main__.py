@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-MODULES = ("training", "decode", "llamacpp", "load_memory", "load_large", "quality", "small_toy", "plan", "corpus")
+MODULES = (
+    "training", "time_to_loss", "decode", "llamacpp", "load_memory", "load_large", "quality", "small_toy", "plan", "corpus",
+)  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")
 NOTE = """\
 Stored by `make bench`. Ours and its peer took turns, again and again: the values are medians, and the ratio is the
