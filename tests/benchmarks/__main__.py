@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 MODULES = (
-    "training", "time_to_loss", "decode", "llamacpp", "load_memory", "load_large", "quality", "small_toy", "plan", "corpus",
+    "training", "time_to_loss", "decode", "llamacpp", "load_memory", "load_large", "quality", "small_toy",
+    "plan", "corpus",
 )  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")
 NOTE = """\
