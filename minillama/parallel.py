@@ -141,6 +141,8 @@ def distribute(model: Llama, layout: Layout, half: bool = False) -> "Team":
         cut(model, mesh["tp"])
     data = mesh["dp", "fsdp"] if layout.dp > 1 else mesh["fsdp"]
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    if half:  # also for validation, which one process does in fp32
+        model.forward = torch.autocast(mesh.device_type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # we change no scores in place
     for block in model.blocks:
         fully_shard(block, mesh=data, mp_policy=policy if half else MixedPrecisionPolicy())

@@ -134,8 +134,9 @@ def train(
         print(f"minillama: {stopped or 'stopped; the same command goes on from the last checkpoint'}.", file=sys.stderr)
         raise typer.Exit(130) from None
     if layout:
+        first = team.first
         stop()
-        if not team.first:
+        if not first:
             return
         model, _ = load(checkpoints(out)[-1])  # to write takes all of it
     loss, floor = trainer.records[-1]["validation"], validation.floor

@@ -15,7 +15,7 @@ from typing import Any
 
 MODULES = (
     "training", "time_to_loss", "decode", "llamacpp", "load_memory", "load_large", "quality", "small_toy",
-    "plan", "corpus",
+    "plan", "corpus", "parallel",
 )  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")
 NOTE = """\

@@ -184,6 +184,22 @@ def test_muon_trains_a_model_that_is_shared_out(tmp_path):
     together(2, train_with_muon, tmp_path)
 
 
+def train_in_half(folder: Path) -> None:
+    settings = replace(SETTINGS, precision="bfloat16", steps=5)
+    alone = make_trainer(folder / f"alone-{dist.get_rank()}", None, settings)
+    alone.run()
+    shared = make_trainer(folder / "shared", "fsdp=2,tp=2", settings)
+    shared.run()
+    for name in ("loss", "validation"):
+        one, other = ([r[name] for r in trainer.records if name in r] for trainer in (alone, shared))
+        assert one and other == pytest.approx(one, rel=2e-2)
+    assert all(p.dtype == torch.float32 for p in shared.model.parameters())
+
+
+def test_products_in_bf16_with_weights_sent_in_bf16(tmp_path):
+    together(4, train_in_half, tmp_path)
+
+
 def resume_after_damage(folder: Path) -> None:
     trainer = make_trainer(folder, "fsdp=2")
     trainer._resume()

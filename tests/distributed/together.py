@@ -91,7 +91,8 @@ def make_trainer(folder: Path, layout: str | None, settings: TrainSettings = SET
     if layout:
         from minillama.parallel import Layout, distribute
 
-        team = distribute(model, Layout.parse(layout))  # type: ignore[assignment]
+        half = settings.precision == "bfloat16"
+        team = distribute(model, Layout.parse(layout), half)  # type: ignore[assignment]
     return Trainer(model, None, batches, settings, folder, Validation([batches(10_000)]), team=team, **options)
 
 
