@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from modules before it. A folder counts as one module. What a type hint alone needs (below
 # `if TYPE_CHECKING:`) may come from anywhere: nothing of it runs.
 ORDER = """
-    config plan tokenizer linear embedding rope attention feedforward norm model loss world data download corpus
+    config plan tokenizer linear embedding rope attention feedforward norm model loss world data download shards corpus
     quantize checkpoint parallel parallel_load trainer cache generation roofline finetune evaluate visualize course
     __init__ cli __main__
 """.split()

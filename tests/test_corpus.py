@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from minillama import corpus, load, world
 from minillama.cli import main
 from minillama.config import ModelConfig
-from minillama.corpus import SIDES, Corpus, Seen, ShardBatches, corpus_validation, prepare, shelves
+from minillama.corpus import Seen, prepare
 from minillama.loss import IGNORE
 from minillama.model import Llama
+from minillama.shards import SIDES, Corpus, ShardBatches, corpus_validation, shelves, token_type
 from minillama.tokenizer import SentencePieceTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +191,7 @@ def test_a_process_that_ends_is_one_sentence(tokenizer, tmp_path):
 
 
 def test_a_vocabulary_beyond_sixteen_bits_is_written_in_thirty_two():
-    assert [corpus.token_type(size) for size in (2, 65536, 65537)] == ["<u2", "<u2", "<u4"]
+    assert [token_type(size) for size in (2, 65536, 65537)] == ["<u2", "<u2", "<u4"]
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def train(
     from minillama import Llama, ModelConfig, generate, load
     from minillama.checkpoint.load import check_device
     from minillama.checkpoint.memory import free_memory
-    from minillama.corpus import ShardBatches, corpus_validation
     from minillama.data import StoryBatches, story_validation
+    from minillama.shards import ShardBatches, corpus_validation
     from minillama.tokenizer import load_tokenizer
     from minillama.trainer import ALONE, Trainer, TrainSettings, checkpoints
 
