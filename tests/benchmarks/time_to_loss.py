@@ -1,8 +1,8 @@
 """How long it takes to get to a loss: our recipe (Muon, bf16 where the machine is quick at it) against usual ones.
 
 One thread for both, who train in turns, a twentieth of their steps at a time. Held-out losses are measured in fp32 when
-all steps are done. Each schedule is about as short as its recipe allows: a cosine that ends later gets there later. Rates
-and lengths were tried for both; LOG.md has what came out.
+all steps are done. Each schedule is about as short as its recipe allows: a cosine that ends later gets there later.
+Rates and lengths were tried for both; LOG.md has what came out.
 - The toy world: the smaller toy to 0.05 nats a token above the floor, against the same model in the same trainer, in
   fp32 with AdamW, a warm-up and a cosine.
 - Characters: a megabyte of the toy world's stories, letter by letter, and a model of 0.8 million weights, against a
