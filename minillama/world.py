@@ -466,8 +466,8 @@ class Grammar:
 
     def _candidates(self, among: str, facts: Facts, heldout: bool) -> list[Word]:
         """The words of a list that may come now: none that this story has said, and no pair that is kept out of it."""
-        words = [word for word in self.words[facts["mood"].english if among == "moods" else among]]
-        words = [word for word in words if word not in facts.values()]
+        said = set(facts.values())
+        words = [word for word in self.words[facts["mood"].english if among == "moods" else among] if word not in said]
         if among == "things" and "colour" in facts:
             words = [word for word in words if held_out(facts["colour"].english, word.english) == heldout]
         return words
