@@ -144,6 +144,8 @@ A story, what it is worth, and what can be asked about it:
   anybody else's is in it, and no person.
 - **What it is for:** learning how language models work. Its entropy is known, so the best possible loss is known too.
 - **What it is not for:** anything where the world is larger than ten plots.
+- **Beside it:** `scaling.json`, six sizes of LLaMA trained on the same stories (chapter 16); made again by
+  `python data/scaling.py`.
 - **Licence:** Apache-2.0, like all of this repository.
 - **Made again by** `make toy`.
 """
