@@ -22,8 +22,8 @@ ROUNDS = 5
 STEPS = 4  # of a turn, after one that is not counted
 SPEED, MEMORY = 0.8, 0.65
 
-# Large blocks go back to the system when they are freed, and come in huge pages. Otherwise glibc keeps weights that were
-# only brought together for a moment, and its habits would be measured. Both sides run so.
+# Large blocks go back to the system when they are freed, and come in huge pages. Otherwise glibc keeps weights that
+# were only brought together for a moment, and its habits would be measured. Both sides run so.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=524288:glibc.malloc.hugetlb=1"}
 
 CHILD = """
