@@ -33,6 +33,7 @@ from minillama.rope import halves_to_pairs, pairs_to_halves
 from minillama.tokenizer import ROLES, Tokenizer
 from minillama.trainer import Trainer
 
+SHAKEN = 0.4  # the length of what `renew` adds to a word, of the mean length of all
 KINDS = ("mood", "question", "summary", "translation", "story")  # what the toy world has to ask
 
 ADAPTER_CONFIG, ADAPTER, HEAD = "adapter_config.json", "adapter_model.safetensors", "classifier.safetensors"
@@ -194,12 +195,12 @@ class ChatBatches:
 class TaskBatches:
     """New tasks from the toy world at every step, each chat about a new story, of kinds drawn from `kinds`.
 
-    Questions and translations are learned from excerpts too, three chats in four: where a few sentences hold the
-    answer, what to look at is soon found, and then found again among many. Raises ValueError for a kind that the world
-    does not have.
+    Questions and translations are learned from excerpts first, and from step WHOLE on from whole stories too, half and
+    half: where a few sentences hold the answer, what to look at is soon found, and then found again among many. Raises
+    ValueError for a kind that the world does not have.
     """
 
-    EXCERPTS = 0.75
+    WHOLE = 500
 
     def __init__(self, tokenizer: Tokenizer, kinds: Sequence[str], batch_size: int, seed: int = 0):
         _check_kinds(kinds)
@@ -207,10 +208,8 @@ class TaskBatches:
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"{self.seed}:{step}")
-        rows = [
-            task_row(self.tokenizer, self.kinds, rng, excerpt=rng.random() < self.EXCERPTS)
-            for _ in range(self.batch_size)
-        ]
+        share = 1 if step < self.WHOLE else 0.5
+        rows = [task_row(self.tokenizer, self.kinds, rng, excerpt=rng.random() < share) for _ in range(self.batch_size)]
         return pack(rows, self.tokenizer.pad_id)
 
 
@@ -269,14 +268,20 @@ def renew(model: Llama, blocks: int, seed: int = 0) -> Llama:
     """Give the last `blocks` of a model's blocks the weights of a new model, in place; returns the model.
 
     What they had learned is learned for one end, and heads that look at one place firmly hardly move. For a task that
-    asks to look elsewhere it can be quicker to keep the words and the first blocks alone. Raises ValueError for a
-    number that is not from 1 to all. Source: Zhang et al. 2021, "Revisiting Few-sample BERT Fine-tuning", section 5.
+    asks to look elsewhere it can be quicker to keep the words and the first blocks alone. The words are shaken too:
+    those that the old task never had to tell apart have become almost one, and nothing could copy what they differ in.
+    Raises ValueError for a number that is not from 1 to all.
+    Source: Zhang et al. 2021, "Revisiting Few-sample BERT Fine-tuning", where the first is shown.
     """
     if not 1 <= blocks <= model.config.n_layers:
         raise ValueError(f"{blocks} blocks are to be new, expected 1 to {model.config.n_layers}, which the model has.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         new = Llama(replace(model.config, n_layers=blocks))
+        with torch.no_grad():
+            table = model.embedding.weight
+            size = SHAKEN * table.norm(dim=1).mean().item() * model.config.dim**-0.5
+            table += (size * torch.randn(table.shape)).to(table)
     for block, begin in zip(model.blocks[-blocks:], new.blocks, strict=True):
         block.load_state_dict(begin.state_dict())
     return model
