@@ -281,7 +281,7 @@ def renew(model: Llama, blocks: int, seed: int = 0) -> Llama:
         with torch.no_grad():
             table = model.embedding.weight
             size = SHAKEN * table.norm(dim=1).mean().item() * model.config.dim**-0.5
-            table += (size * torch.randn(table.shape)).to(table)
+            table.add_((size * torch.randn(table.shape)).to(table))
     for block, begin in zip(model.blocks[-blocks:], new.blocks, strict=True):
         block.load_state_dict(begin.state_dict())
     return model
