@@ -196,8 +196,9 @@ class TaskBatches:
     """New tasks from the toy world at every step, each chat about a new story, of kinds drawn from `kinds`.
 
     Questions and translations are learned from excerpts first, and from step WHOLE on from whole stories too, half and
-    half: where a few sentences hold the answer, what to look at is soon found, and then found again among many. Raises
-    ValueError for a kind that the world does not have.
+    half: where a few sentences hold the answer, what to look at is soon found, and then found again among many. These
+    batches have half as many chats, and so about as many tokens. Raises ValueError for a kind that the world does not
+    have.
     """
 
     WHOLE = 500
@@ -208,8 +209,9 @@ class TaskBatches:
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"{self.seed}:{step}")
-        share = 1 if step < self.WHOLE else 0.5
-        rows = [task_row(self.tokenizer, self.kinds, rng, excerpt=rng.random() < share) for _ in range(self.batch_size)]
+        longer = step >= self.WHOLE and {"question", "translation"} & set(self.kinds)
+        count, share = (max(1, self.batch_size // 2), 0.5) if longer else (self.batch_size, 1.0)
+        rows = [task_row(self.tokenizer, self.kinds, rng, excerpt=rng.random() < share) for _ in range(count)]
         return pack(rows, self.tokenizer.pad_id)
 
 

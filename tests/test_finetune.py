@@ -363,11 +363,11 @@ def test_tasks_are_the_worlds_with_their_answers_and_new_at_every_step(kinds, to
                 assert asked == {task.prompt.split("\n")[1]: f" {task.answer}" for task in right}
                 found.add(kind)
                 seen.append(story.text)
-    assert found == set(kinds) and len(set(seen)) == len(seen) and len(seen) + len(excerpts) == 72
+    assert found == set(kinds) and len(set(seen)) == len(seen) and len(seen) + len(excerpts) == (72 if kinds == ["mood"] else 48)
     if kinds == ["mood"]:
         assert not excerpts
     else:
-        assert 24 < len(excerpts) < 60 and len({told for told, _ in excerpts}) > 20
+        assert 24 < len(excerpts) < 46 and len({told for told, _ in excerpts}) > 20
         for told, asked in excerpts:
             for question, answer in asked.items():
                 assert question == "Say it in Chinese." or answer.strip().removeprefix("because ") in told
