@@ -363,7 +363,11 @@ def test_tasks_are_the_worlds_with_their_answers_and_new_at_every_step(kinds, to
                 assert asked == {task.prompt.split("\n")[1]: f" {task.answer}" for task in right}
                 found.add(kind)
                 seen.append(story.text)
-    assert found == set(kinds) and len(set(seen)) == len(seen) and len(seen) + len(excerpts) == (72 if kinds == ["mood"] else 48)
+    assert (
+        found == set(kinds)
+        and len(set(seen)) == len(seen)
+        and len(seen) + len(excerpts) == (72 if kinds == ["mood"] else 48)
+    )
     if kinds == ["mood"]:
         assert not excerpts
     else:
