@@ -553,7 +553,9 @@ def test_prepare_says_what_was_kept_and_what_was_dropped_and_why(run, tokenizer,
     assert numbers == [4, 1, 1, 0, 2, 0]  # read, empty, there before, unwritable, to learn from, held out
     assert re.search(r"line ends made \\n +1 characters", out)
     assert re.search(r"control characters removed +1 characters", out)
-    assert f"minillama train --data {tmp_path / 'out'}" in out
+    assert "minillama train needs documents held out: give more text or a larger --holdout" in out
+    out = run(*command[:-1], tmp_path / "half", "--holdout", 0.5, "--seed", 1)[1]
+    assert f"minillama train --data {tmp_path / 'half'}" in out
     code, out, err = run(*command)
     assert (code, out) == (2, "") and err.endswith("out is there already: choose another folder, or delete it first.\n")
 

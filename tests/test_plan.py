@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -269,6 +270,18 @@ def test_plan_says_what_would_fit_and_it_does(capsys) -> None:
     assert said(capsys, *given, "--memory", 24, *changed)[1].endswith("It fits.\n")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [["llama-65b", "--gpus", 8], ["llama-7b"], ["llama-7b", "--parallel", "dp=2", "--batch", "40k"]],
+    ids=["one pass becomes several", "laptops stay laptops", "a batch that was asked for"],
+)
+def test_what_would_fit_needs_the_memory_that_was_said(capsys, given: list) -> None:
+    advice = said(capsys, "--preset", *given)[1].splitlines()[-1]
+    gigabytes, changed = re.fullmatch(r"It does not fit. This does, with ([\d.]+) GB: (.*)", advice).groups()
+    out = said(capsys, "--preset", *given, *changed.split())[1]
+    assert re.search(r"at the peak +([\d.]+) GB", out)[1].startswith(gigabytes[:-1]) and out.endswith("It fits.\n")
+
+
 def test_plan_takes_the_batch_that_is_nearest(capsys) -> None:
     _, out, _ = said(capsys, "--preset", "llama-65b", "--gpus", 2048, "--parallel", "fsdp=256,tp=8", "--batch", "4M")
     assert "2,048 × A100-80GB (fsdp=256, tp=8); a step is 4,194,304 tokens, in 8 × 256 sequences of 2,048" in out
@@ -291,8 +304,11 @@ def test_plan_as_json_has_what_the_library_says(capsys) -> None:
         (["--tokens", "many"], "--tokens is 'many', expected a number of tokens"),
         (["--tokens", "1e999"], "--tokens is '1e999', expected a number of tokens"),
         (["--tokens", "0.1"], "tokens is 0, expected at least 1"),
-        (["--batch", "10"], "batch is 10 tokens, expected a multiple of 512"),
+        (["--batch", "10"], "--batch is 10, expected 512 tokens, those of one pass, or more"),
         (["--gpus", "3", "--parallel", "fsdp=4"], "takes 4 devices, and --gpus is 3"),
+        (["--gpus", "9" * 400], "a pass has more than 1e+18 tokens"),
+        (["--device", ""], "--device is ''"),
+        (["--parallel", ""], "the layout is ''"),
         (["--parallel", "pp=4"], "expected counts of dp, fsdp, tp"),
         (["--memory", "0"], "memory"),
         (["--context", "4096"], "context is 4096, expected at most 512"),

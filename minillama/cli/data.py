@@ -61,7 +61,11 @@ def prepare(
     width = max(len(name) for name, _, _ in lines)
     for name, count, unit in lines:
         print(f"{name:<{width}}{count:>16,} {unit}")
-    print(f"{report.size / 1e6 / report.seconds:.1f} MB/s. To train on it: minillama train --data {out}")
+    print(f"{report.size / 1e6 / report.seconds:.1f} MB/s.", end=" ")
+    if report.documents["held-out"]:
+        print(f"To train on it: minillama train --data {out}")
+    else:
+        print("minillama train needs documents held out: give more text or a larger --holdout, and another --out.")
 
 
 def _lines(report: "Report") -> list[tuple[str, int, str]]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from minillama.plan import Plan, Run
 
 SUFFIXES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+MOST = 10**18  # tokens of a pass; above it, arithmetic ends before sense does
 
 
 @app.command(rich_help_panel="Learn")
@@ -62,12 +63,12 @@ def plan(
     from minillama.plan import plan as make
 
     config = ModelConfig.preset(preset)
-    name = device or ("laptop" if gpus is None and parallel is None else "a100")
+    name = device if device is not None else "laptop" if gpus is None and parallel is None else "a100"
     if name not in DEVICES:
         raise ValueError(f"--device is {name!r}, expected one of {', '.join(DEVICES)}.")
     place = DEVICES[name] if memory is None else replace(DEVICES[name], memory=memory * 1e9)
     layout: dict[str, Any] = {"fsdp": gpus or 1}
-    if parallel:
+    if parallel is not None:
         from minillama.parallel import Layout
 
         parsed = Layout.parse(parallel)
@@ -82,9 +83,13 @@ def plan(
         precision=precision or ("float32" if name == "laptop" else "bfloat16"), checkpointing=checkpointing,
         utilisation=utilisation,
     )  # fmt: skip
+    if run.at_once > MOST:
+        raise ValueError(f"a pass has more than {MOST:.0e} tokens: take fewer devices or a smaller --micro-batch.")
     if batch is not None:
         passes = count("--batch", batch) / run.at_once
-        run = replace(run, batch=run.at_once * round(passes) if passes > 0.5 else count("--batch", batch))
+        if passes <= 0.5:
+            raise ValueError(f"--batch is {batch}, expected {run.at_once} tokens, those of one pass, or more.")
+        run = replace(run, batch=run.at_once * round(passes))
     made = make(run)
     if json:
         print(dumps({"run": asdict(run), "plan": asdict(made), "peak": made.memory.peak}, indent=2))
@@ -94,7 +99,7 @@ def plan(
     if made.fits:
         print("It fits.")
     elif nearest is None:
-        print("It does not fit, nor does anything near it that was tried.")
+        print("It does not fit, nor does anything near it: take devices with more memory, or a smaller --preset.")
     else:
         print(f"It does not fit. This does, with {memory_of(nearest).peak / 1e9:,.2f} GB: {options(run, nearest)}")
 
@@ -129,6 +134,8 @@ def options(run: "Run", other: "Run") -> str:
         f"--micro-batch {other.micro_batch}": run.micro_batch != other.micro_batch,
         f"--context {other.context}": run.context != other.context,
         "--checkpointing": run.checkpointing != other.checkpointing,
+        f"--batch {other.batch}": other.batch != (other.at_once if run.passes == 1 else run.batch),
+        "--device laptop": run.device.name == "laptop" and other.devices > 1,  # with --gpus, left out is a100
         f"--gpus {other.devices} --parallel dp={other.dp},fsdp={other.fsdp},tp={other.tp}": (
             (run.dp, run.fsdp, run.tp) != (other.dp, other.fsdp, other.tp)
         ),
