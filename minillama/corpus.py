@@ -38,6 +38,7 @@ FEW_BYTES = 2**23  # less text than this is cut into tokens before other process
 DIVIDER = re.compile(rb"^<\|endoftext\|>[ \t\r]*(?:\n|\Z)", re.MULTILINE)
 EMPTY, DUPLICATE, UNWRITABLE = DROPPED = "empty", "there before", "a character that the tokenizer cannot write"
 BOMS, ENDS, CONTROLS = CHANGED = "byte order marks removed", "line ends made \\n", "control characters removed"
+OURS = re.compile(r"(train|held-out)(-\d+\.bin|\.index)|manifest\.json|tokenizer\..*")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -326,7 +327,12 @@ def prepare(
     size, started = sum(_size(path) for path in paths), time.perf_counter()
     processes = processes or (1 if size < FEW_BYTES else os.cpu_count() or 1)
     unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    if unfinished.exists():  # of a run that was killed
+        if not all(OURS.fullmatch(path.name) for path in unfinished.iterdir()):
+            raise ValueError(
+                f"{unfinished} is there and holds other files than ours: choose another folder, or move it."
+            )
+        shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
     try:
         tokenizer.save(unfinished)

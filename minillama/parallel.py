@@ -72,7 +72,7 @@ class Layout:
         found: dict[str, int] = {}
         for part in text.split(","):
             name, _, count = part.strip().partition("=")
-            if name not in known or name in found or not (count.isdecimal() and int(count) > 0):
+            if name not in known or name in found or not (count.isdecimal() and len(count) < 9 and int(count) > 0):
                 raise ValueError(f"the layout is {text!r:.80}, expected counts of {', '.join(known)}, as fsdp=2,tp=2.")
             found[name] = int(count)
         return cls(**found)

@@ -81,11 +81,13 @@ class Run:
         for name in ("dp", "fsdp", "tp", "micro_batch", "context", "batch", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
-        if not (0 < self.utilisation <= 1 and self.pue >= 1 and self.device.memory > 0):
-            raise ValueError(
-                f"utilisation is {self.utilisation}, pue {self.pue} and the device's memory {self.device.memory}: "
-                "expected the first above 0 and at most 1, the second at least 1, the third above 0."
-            )
+        for name, number, low, high in (
+            ("utilisation", self.utilisation, 0, 1),
+            ("pue", self.pue, 0.999, 100),
+            ("the device's memory in GB", self.device.memory / 1e9, 0, 1e9),
+        ):
+            if not low < number <= high:
+                raise ValueError(f"{name} is {number:g}, expected above {low:g} and at most {high:g}.")
         for name, known in (("precision", ("float32", "bfloat16")), ("optimizer", ("adamw", "muon"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {known[0]!r} or {known[1]!r}.")

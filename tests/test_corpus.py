@@ -630,6 +630,28 @@ def test_what_a_corpus_brings_cannot_be_given_too(run, folder, tmp_path, options
     assert (code, out) == (2, "") and re.search(expected, " ".join(err.split())) and not (tmp_path / "run").exists()
 
 
+def test_a_new_run_reads_the_whole_corpus_once_and_refuses_changed_tokens(run, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    damaged = copy_of(folder, tmp_path / "damaged")
+    flip("train-00000.bin", 100)(damaged)
+    code, out, err = run("train", "--data", damaged, "--window", 30, "--steps", 1)
+    assert (code, out) == (2, "") and "another SHA-256" in err and not (tmp_path / "runs").exists()
+
+
+def test_several_processes_have_to_be_told_how_to_share(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = run("train", "--steps", 1)
+    assert (code, out) == (2, "") and "torchrun has started 2 processes, and --parallel is left out" in err
+
+
+def test_a_folder_of_somebody_elses_is_not_cleared_away(tokenizer, tmp_path):
+    (tmp_path / "out.unfinished").mkdir()
+    theirs = write(tmp_path / "out.unfinished" / "mine.txt", STORIES)
+    with pytest.raises(ValueError, match="out.unfinished is there and holds other files than ours"):
+        prepare([write(tmp_path / "a.txt", STORIES)], tokenizer, tmp_path / "out")
+    assert theirs.exists()
+
+
 def test_a_folder_that_is_no_corpus_is_refused_by_train(run, tmp_path):
     code, out, err = run("train", "--data", tmp_path, "--out", tmp_path / "run")
     assert (code, out) == (2, "") and "holds no corpus: expected a folder that `minillama data prepare` wrote" in err

@@ -233,9 +233,9 @@ def test_what_is_sent_in_rings() -> None:
         ({"batch": 100, "fsdp": 2}, "batch is 100 tokens, expected a multiple of 128"),
         ({"precision": "fp8"}, "precision is 'fp8', expected 'float32' or 'bfloat16'"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd', expected 'adamw' or 'muon'"),
-        ({"utilisation": 1.1}, "utilisation is 1.1"),
+        ({"utilisation": 1.1}, "utilisation is 1.1, expected above 0 and at most 1"),
         ({"utilisation": float("nan")}, "utilisation is nan"),
-        ({"pue": 0.9}, "pue 0.9"),
+        ({"pue": 0.9}, "pue is 0.9"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(change: dict, words: str) -> None:

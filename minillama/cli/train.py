@@ -34,6 +34,9 @@ def train(
     batch_size: Annotated[int, option("Run", "Stories, or windows of text, in a step.", min=1)] = 16,
     optimizer: Annotated[str, option("Run", "muon or adamw.")] = "muon",
     learning_rate: Annotated[float, option("Run", "Its peak.")] = 1e-2,
+    checkpointing: Annotated[
+        bool, option("Run", "Keep of each block only what it reads, and compute the rest again: less memory.")
+    ] = False,
     parallel: Annotated[
         str | None, option("Run", "Under torchrun, how the processes share the work: dp=2, fsdp=2,tp=2 …")
     ] = None,
@@ -67,13 +70,18 @@ def train(
     from minillama.checkpoint.load import check_device
     from minillama.checkpoint.memory import free_memory
     from minillama.data import StoryBatches, story_validation
-    from minillama.shards import ShardBatches, corpus_validation
+    from minillama.shards import Corpus, ShardBatches, corpus_validation
     from minillama.tokenizer import load_tokenizer
     from minillama.trainer import ALONE, Trainer, TrainSettings, checkpoints
 
-    config, layout = ModelConfig.preset(preset), None
+    config, layout, out = ModelConfig.preset(preset), None, out or Path("runs") / preset
     team: Alone | Team = ALONE
     if parallel is None:
+        if (started := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise ValueError(
+                f"torchrun has started {started} processes, and --parallel is left out: say how they share the work, "
+                f"like --parallel fsdp={started}."
+            )
         place = check_device(device or best_device())
     else:
         from minillama.parallel import Layout, distribute, start, stop
@@ -82,7 +90,7 @@ def train(
         place = start(device or best_device())
     settings = TrainSettings(
         steps=steps, learning_rate=learning_rate, warmup=min(50, max(0, steps) // 10), optimizer=optimizer,
-        precision=precision or quick_precision(place.type),
+        precision=precision or quick_precision(place.type), checkpointing=checkpointing,
     )  # fmt: skip
     if layout is None and place.type == "cpu" and (needed := config.training_bytes()) > (free := free_memory()):
         raise ValueError(f"{preset} needs {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free: try toy.")
@@ -94,11 +102,14 @@ def train(
         for name, value in (("--text", text), ("--tokenizer", tokenizer), ("--vocab-size", vocab_size)):
             if value:
                 raise ValueError(f"{name} is given, but --data {data} brings its own: leave one of the two out.")
+        if not checkpoints(out):
+            Corpus(data, verify=True)  # once, before the first step
         batches = ShardBatches(data, batch_size, width, seed)
         validation = corpus_validation(data, batch_size, width, VALIDATION_WINDOWS)
         words, held = batches.corpus.tokenizer, validation.batches[0].inputs[0]
         beginning = words.decode(held[:10].tolist())
-        print(f"{batches.n_rows:,} rows of {width} tokens; {batches.padding:.1%} is padding.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{batches.n_rows:,} rows of {width} tokens; {batches.padding:.1%} is padding.", file=sys.stderr)
         source, content = f"{data.name} (window {width})", torch.tensor(list(batches.corpus.sha256.encode()))
     elif text:
         if vocab_size is not None and words:
@@ -118,7 +129,6 @@ def train(
         batches, beginning = StoryBatches(words, batch_size, seed), ""
         validation = story_validation(words, VALIDATION_STORIES, seed)
         source, content = "stories", batches(0).inputs
-    out = out or Path("runs") / preset
     digest = hashlib.sha256(content.numpy().tobytes()).hexdigest()[:8]  # of the text and the tokenizer
     torch.manual_seed(seed)
     model = Llama(replace(config, vocab_size=words.vocab_size)).to(place)
