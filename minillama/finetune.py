@@ -201,7 +201,7 @@ class TaskBatches:
     have.
     """
 
-    WHOLE = 500
+    WHOLE = 700
 
     def __init__(self, tokenizer: Tokenizer, kinds: Sequence[str], batch_size: int, seed: int = 0):
         _check_kinds(kinds)
