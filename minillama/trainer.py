@@ -30,7 +30,7 @@ from minillama.checkpoint import save
 from minillama.checkpoint.files import sync
 from minillama.checkpoint.native import WEIGHTS, open_native
 from minillama.data import Batch, Validation
-from minillama.loss import cross_entropy, head_cross_entropy
+from minillama.loss import IGNORE, cross_entropy, head_cross_entropy
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
@@ -125,10 +125,15 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     packed = {} if batch.segments is None else {"segments": batch.segments.to(device)}
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     # A model shared out among processes is of another class: its head is only there while it is called.
-    if type(model) is Llama and targets.numel() * model.config.vocab_size > MANY:
+    if type(model) is not Llama:
+        return cross_entropy(model(inputs, **packed), targets)
+    x = model.hidden(inputs, segments=packed.get("segments"))
+    if 0 < 2 * batch.scored < targets.numel():  # of a prompt, which is not scored, no logits are made
+        x, targets = x[targets != IGNORE], targets[targets != IGNORE]
+    if targets.numel() * model.config.vocab_size > MANY:
         head = model.embedding if model.output is None else model.output
-        return head_cross_entropy(model.hidden(inputs, segments=packed.get("segments")), head.weight, targets)
-    return cross_entropy(model(inputs, **packed), targets)
+        return head_cross_entropy(x, head.weight, targets)
+    return cross_entropy(model.scores(x), targets)
 
 
 class Alone:

@@ -736,6 +736,20 @@ def test_a_lora_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(prec
     assert whole.records[-1]["loss"] < whole.records[0]["loss"]
 
 
+def test_no_logits_are_made_of_what_is_not_scored(monkeypatch):
+    model, batch = make_model(), pack([row_of(20), row_of(30, 1)], 0)
+    batch = Batch(batch.inputs, batch.targets.index_fill(1, torch.arange(18), IGNORE), batch.segments)
+    expected = cross_entropy(model(batch.inputs), batch.targets)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    scores, seen = model.scores, []
+    monkeypatch.setattr(model, "scores", lambda x: (seen.append(x.shape), scores(x))[1])
+    loss = batch_loss(model, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    for got, want in zip(torch.autograd.grad(loss, list(model.parameters())), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert seen == [(batch.scored, CONFIG.dim)] and 0 < batch.scored < 0.5 * batch.targets.numel()
+
+
 def test_the_whole_model_learns_tasks_by_the_same_trainer(tokenizers, tmp_path):
     torch.manual_seed(0)
     tokenizer = tokenizers["chatml"]
