@@ -238,9 +238,9 @@ def task_row(
     """
     kind = rng.choice(kinds)
     story = world.sample(rng, heldout)
-    tasks = [task for task in world.tasks(story) if task.kind == kind]
-    if excerpt:  # a sentence may answer no question: then the story is told whole
-        tasks = [task for task in world.excerpt(story, rng) if task.kind == kind] or tasks
+    tasks = [task for task in world.excerpt(story, rng) if task.kind == kind] if excerpt else []
+    if not tasks:  # a sentence may answer no question: then too the story is told whole
+        tasks = [task for task in world.tasks(story) if task.kind == kind]
     rng.shuffle(tasks)
     return chat_row(tokenizer, task_chat(tasks))
 

@@ -122,12 +122,12 @@ def make_optimizers(
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean loss of a batch in nats per scored token, ()."""
     device = next(model.parameters()).device
-    packed = {} if batch.segments is None else {"segments": batch.segments.to(device)}
+    packed: dict[str, Any] = {} if batch.segments is None else {"segments": batch.segments.to(device)}
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     # A model shared out among processes is of another class: its head is only there while it is called.
     if type(model) is not Llama:
         return cross_entropy(model(inputs, **packed), targets)
-    x = model.hidden(inputs, segments=packed.get("segments"))
+    x = model.hidden(inputs, **packed)
     if 0 < 2 * batch.scored < targets.numel():  # of a prompt, which is not scored, no logits are made
         x, targets = x[targets != IGNORE], targets[targets != IGNORE]
     if targets.numel() * model.config.vocab_size > MANY:

@@ -70,7 +70,6 @@ def finetune(
         raise ValueError(f"--renew is {renew} and --lora is {lora}, but LoRA keeps all weights: leave one of them out.")
     import torch
 
-    from minillama import finetune as tuning
     from minillama.checkpoint.load import check_device
     from minillama.checkpoint.memory import free_memory
     from minillama.data import Validation
@@ -84,6 +83,7 @@ def finetune(
         pack,
         task_validation,
     )
+    from minillama.finetune import renew as begin_anew
     from minillama.trainer import Trainer, TrainSettings, checkpoints
 
     place = check_device(device or best_device())
@@ -124,7 +124,7 @@ def finetune(
         model, kind = add_lora(model, lora, alpha, chosen), LoraTrainer
         run |= {"lora": lora, "alpha": alpha, "targets": ",".join(chosen)}
     if renew is not None:
-        model = tuning.renew(model, renew, seed)
+        model = begin_anew(model, renew, seed)
     claim(out, run)
     trainer = kind(model, tokenizer, batches, settings, out, validation)
     try:

@@ -170,12 +170,18 @@ def test_a_run_goes_on_with_other_numbers_of_processes(uninterrupted, tmp_path):
         assert (p - q).norm() <= 1e-4 * q.norm()
 
 
-def train_with_muon(folder: Path) -> None:
-    settings = replace(SETTINGS, optimizer="muon", steps=3)
+def train_alone_and_shared(folder: Path, layout: str, **changes) -> tuple[Trainer, Trainer]:
+    """The same run twice: by each process for itself, and by all together."""
+    settings = replace(SETTINGS, **changes)
     alone = make_trainer(folder / f"alone-{dist.get_rank()}", None, settings)
-    alone.run()
-    shared = make_trainer(folder / "shared", "fsdp=2", settings)
-    shared.run()
+    shared = make_trainer(folder / "shared", layout, settings)
+    for trainer in (alone, shared):
+        trainer.run()
+    return alone, shared
+
+
+def train_with_muon(folder: Path) -> None:
+    alone, shared = train_alone_and_shared(folder, "fsdp=2", optimizer="muon", steps=3)
     assert [r["loss"] for r in shared.records] == pytest.approx([r["loss"] for r in alone.records], rel=1e-4)
     assert len(shared.optimizers) == 2
 
@@ -185,11 +191,7 @@ def test_muon_trains_a_model_that_is_shared_out(tmp_path):
 
 
 def train_in_half(folder: Path) -> None:
-    settings = replace(SETTINGS, precision="bfloat16", steps=5)
-    alone = make_trainer(folder / f"alone-{dist.get_rank()}", None, settings)
-    alone.run()
-    shared = make_trainer(folder / "shared", "fsdp=2,tp=2", settings)
-    shared.run()
+    alone, shared = train_alone_and_shared(folder, "fsdp=2,tp=2", precision="bfloat16", steps=5)
     for name in ("loss", "validation"):
         one, other = ([r[name] for r in trainer.records if name in r] for trainer in (alone, shared))
         assert one and other == pytest.approx(one, rel=2e-2)
