@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,13 +46,40 @@ def make_trainer(folder: Path, settings: TrainSettings = SETTINGS, data=batches,
     return Trainer(Llama(CONFIG), None, data, settings, folder, Validation([batches(10_000)], floor=0.5), **options)
 
 
-def train_in_child(folder: Path, delay: float) -> None:
+def train_in_child(folder: Path, delay: float, killed_at: int | None = None) -> None:
+    """Train; with `killed_at`, be killed at that call of all that its checkpoints make."""
     torch.set_num_threads(1)
     data = batches if delay == 0 else lambda step: (time.sleep(delay), batches(step))[1]
+    trainer = make_trainer(folder, data=data)
+    if killed_at is not None:
+        calls = itertools.count(1)
+        trainer._save = watched(trainer._save, lambda: next(calls) == killed_at and signal.raise_signal(signal.SIGKILL))
     try:
-        make_trainer(folder, data=data).run()
+        trainer.run()
     except KeyboardInterrupt:
         os._exit(130)
+
+
+def watched(function, at_each_call):
+    """The function, which says when it and what it calls, in Python or C, call and return."""
+
+    def watched_function():
+        sys.setprofile(lambda *_: at_each_call())
+        try:
+            function()
+        finally:
+            sys.setprofile(None)
+
+    return watched_function
+
+
+def count_calls_of_saving(folder: Path, counted) -> None:
+    """Send how many calls and returns there are while a checkpoint is written, in a process that never wrote one."""
+    torch.set_num_threads(1)
+    trainer, calls = make_trainer(folder, dataclasses.replace(SETTINGS, steps=3)), itertools.count()
+    trainer._save = watched(trainer._save, lambda: next(calls))
+    trainer.run()
+    counted.send(next(calls))
 
 
 def run_with_one_thread(trainer: Trainer) -> None:
@@ -91,25 +120,28 @@ def test_the_loss_falls_and_the_records_say_so(uninterrupted):
 
 def test_a_run_killed_at_50_random_moments_and_resumed_equals_one_that_was_not(uninterrupted, tmp_path):
     rng = random.Random(time.time_ns())  # other moments in every run of the tests
-    unfinished, in_writing = tmp_path / "unfinished", 0
+    counts, counted = forkserver.Pipe(duplex=False)
+    forkserver.Process(target=count_calls_of_saving, args=(tmp_path / "counted", counted)).start()
+    counted.close()
+    calls = counts.recv()  # in the first half, before it writes, it looks whether all weights are finite
+    runs, in_writing = [tmp_path / "run-0"], 0
     for kill in range(50):
-        child = forkserver.Process(target=train_in_child, args=(tmp_path, 0.01))
+        # At any moment, as early as before its first line; or at any call of its first or second checkpoint.
+        killed_at = rng.randrange(calls // 2, 2 * calls) if kill % 2 else None
+        child = forkserver.Process(target=train_in_child, args=(runs[-1], 0.01, killed_at))
         child.start()
-        if kill % 2:  # while it writes a checkpoint; else at any moment, as early as before its first line
-            deadline = time.time() + 20
-            while not unfinished.exists() and child.is_alive() and time.time() < deadline:
-                time.sleep(0.0005)
-            time.sleep(rng.uniform(0, 0.004))
-        else:
-            time.sleep(rng.uniform(0, 0.3))
+        child.join(20 if kill % 2 else rng.uniform(0, 0.5))
         child.kill()
         child.join()
-        in_writing += unfinished.exists()
-    resumed = make_trainer(tmp_path)
-    run_with_one_thread(resumed)
-    assert in_writing > 3
-    assert_same_run(uninterrupted, resumed)
-    assert not unfinished.exists() and len(checkpoints(tmp_path)) == 2
+        in_writing += kill % 2 and (runs[-1] / "unfinished").exists()
+        if (runs[-1] / "step-24").exists():
+            runs.append(tmp_path / f"run-{len(runs)}")
+    assert in_writing > 1
+    for folder in runs:
+        resumed = make_trainer(folder)
+        run_with_one_thread(resumed)
+        assert_same_run(uninterrupted, resumed)
+        assert len(checkpoints(folder)) == 2 and not (folder / "unfinished").exists()
 
 
 def test_ctrl_c_finishes_the_step_saves_and_the_run_goes_on(uninterrupted, tmp_path):
