@@ -195,22 +195,20 @@ class ChatBatches:
 class TaskBatches:
     """New tasks from the toy world at every step, each chat about a new story, of kinds drawn from `kinds`.
 
-    Questions and translations are learned from excerpts first, and from step WHOLE on from whole stories too, half and
-    half: where a few sentences hold the answer, what to look at is soon found, and then found again among many. These
-    batches have half as many chats, and so about as many tokens. Raises ValueError for a kind that the world does not
-    have.
+    Of a run of `steps`, the first two thirds have questions and translations about excerpts, and the rest about whole
+    stories too, half and half: where a few sentences hold the answer, what to look at is soon found, and then found
+    again among many. The later batches have half as many chats, and so about as many tokens. Raises ValueError for a
+    kind that the world does not have.
     """
 
-    WHOLE = 700
-
-    def __init__(self, tokenizer: Tokenizer, kinds: Sequence[str], batch_size: int, seed: int = 0):
+    def __init__(self, tokenizer: Tokenizer, kinds: Sequence[str], batch_size: int, steps: int, seed: int = 0):
         _check_kinds(kinds)
         self.tokenizer, self.kinds, self.batch_size, self.seed = tokenizer, kinds, batch_size, seed
+        self.excerpts = 2 * steps // 3 if {"question", "translation"} & set(kinds) else steps
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"{self.seed}:{step}")
-        longer = step >= self.WHOLE and {"question", "translation"} & set(self.kinds)
-        count, share = (max(1, self.batch_size // 2), 0.5) if longer else (self.batch_size, 1.0)
+        count, share = (self.batch_size, 1.0) if step < self.excerpts else (max(1, self.batch_size // 2), 0.5)
         rows = [task_row(self.tokenizer, self.kinds, rng, excerpt=rng.random() < share) for _ in range(count)]
         return pack(rows, self.tokenizer.pad_id)
 

@@ -101,7 +101,7 @@ def finetune(
         if task not in ("all", *KINDS):
             raise ValueError(f"--task is {task!r:.40}, expected all or one of {', '.join(KINDS)}.")
         kinds = KINDS if task == "all" else (task,)
-        batches = TaskBatches(tokenizer, kinds, batch_size, seed)
+        batches = TaskBatches(tokenizer, kinds, batch_size, steps, seed)
         validation = task_validation(tokenizer, kinds, VALIDATION_TASKS, seed)
         rows, content = [], batches(0).inputs
     else:
