@@ -110,16 +110,17 @@ def next_logits(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
 
 
 @functools.cache
-def compiled_step(device: str) -> Callable[[Llama, Tensor, KVCache], Tensor]:
+def compiled_step(device: str, int8: bool = False) -> Callable[[Llama, Tensor, KVCache], Tensor]:
     """`next_logits` for a `StaticCache`, as one program instead of a thousand calls. It is made when it is first called
-    with a model, a number of rows and a room of the cache. On a GPU it is also recorded, and a step is a single call.
+    with a model, a number of rows and a room of the cache. On a GPU it is also recorded, and a step is a single call;
+    there a model in `int8` is compiled for longer, so that its codes become floats inside the products.
 
     Raises ValueError, when it is called, where there is no compiler.
     """
     torch._dynamo.config.recompile_limit = 64  # one for each of these, of all models
-    mode = "reduce-overhead" if device == "cuda" else None
+    recorded: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": int8}
     plain = torch.no_grad()(next_logits.__wrapped__)  # type: ignore[attr-defined]  # it stumbles over inference mode
-    step = torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
+    step = torch.compile(plain, fullgraph=True, dynamic=False, options=recorded if device == "cuda" else None)
 
     def checked(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()  # what the step before gave may be written over
@@ -156,7 +157,8 @@ def stream_tokens(
     cache = _new_cache(model, longest + max(left), padding, static=compile)
     generators = sampling.generators(len(prompts), cache.device)
     tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=cache.device)
-    step_logits = compiled_step(cache.device.type) if compile else next_logits
+    int8 = any(buffer.dtype == torch.int8 for buffer in model.buffers())
+    step_logits = compiled_step(cache.device.type, int8) if compile else next_logits
     logits = next_logits(model, tokens, cache)
     while any(left):
         chosen = sample_next(logits, sampling, generators)

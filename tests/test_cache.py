@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minillama.cache import KVCache, StaticCache
 from minillama.config import LinearScaling, ModelConfig
-from minillama.generation import next_logits
+from minillama.generation import compiled_step, next_logits
 from minillama.model import Llama
 from minillama.quantize import quantize
 
@@ -266,11 +266,10 @@ def test_on_a_gpu_a_recorded_step_gives_the_same_logits(kind):
     torch.manual_seed(0)
     model = Llama(config).requires_grad_(False).eval().to("cuda", torch.bfloat16)
     model = model if kind == "bfloat16" else quantize(model, kind)
-    step = torch.compile(next_logits, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    step = compiled_step("cuda", kind == "int8")
     cache, static = (make(config, 1, 16, device="cuda", dtype=torch.bfloat16) for make in (KVCache, StaticCache))
     token = torch.ones(1, 1, dtype=torch.int64, device="cuda")
     for _ in range(8):
-        torch.compiler.cudagraph_mark_step_begin()
         logits = next_logits(model, token, cache)
         assert (step(model, token, static) - logits).abs().max() <= 0.05 * logits.abs().max()
         token = logits.argmax(-1, keepdim=True)

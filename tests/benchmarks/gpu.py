@@ -33,11 +33,11 @@ def random_model(preset: str, dtype: str, device: torch.device) -> Llama:
     return model if dtype == "bfloat16" else quantize(model, dtype)
 
 
-def compiled_speed(model: Llama) -> float:
+def compiled_speed(model: Llama, dtype: str) -> float:
     """Tokens in a second, by a compiled step."""
     device = model.norm.weight.device
     cache = StaticCache(model.config, 1, MAX_LEN, device=device, dtype=model.norm.weight.dtype)
-    step = compiled_step(device.type)
+    step = compiled_step(device.type, dtype == "int8")
     token = torch.ones(1, 1, dtype=torch.int64, device=device)
 
     def write() -> None:
@@ -60,7 +60,7 @@ def main(preset: str = "llama2-7b", *dtypes: str) -> None:
     for dtype in dtypes or ("bfloat16", "int8", "int4"):
         model = random_model(preset, dtype, device)
         limit = bandwidth / roofline.bytes_per_token(model, POSITION)
-        for how, speed in (("eager", roofline.decode_speed(model)), ("compiled", compiled_speed(model))):
+        for how, speed in (("eager", roofline.decode_speed(model)), ("compiled", compiled_speed(model, dtype))):
             print(f"{preset} {dtype:9} {how:9} {speed:8.1f} tokens/s, {speed / limit:4.0%} of {limit:.1f}", flush=True)
         del model
         torch.compiler.reset()
