@@ -107,7 +107,14 @@ class Llama(nn.Module):
         faster for it. Source: Zhang et al. 2019, "Fixup Initialization", section 3.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith(("wo.weight", "down.weight")):
-                parameter.zero_()
-            elif parameter.dim() == 2:
-                parameter.normal_(std=0.02)
+            begin(name, parameter)
+
+
+def begin(name: str, weight: Tensor) -> None:
+    """Give a weight the values that it has in a new model, in place."""
+    if name.endswith(("wo.weight", "down.weight")):
+        weight.zero_()
+    elif weight.dim() == 2:
+        weight.normal_(std=0.02)
+    else:
+        weight.fill_(1)

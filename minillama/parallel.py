@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -35,7 +35,7 @@ from minillama.checkpoint.files import sync
 from minillama.checkpoint.native import WEIGHTS, describe
 from minillama.config import ModelConfig
 from minillama.data import Batch
-from minillama.model import Llama
+from minillama.model import Llama, begin
 from minillama.tokenizer import Tokenizer
 
 # How a block's matrices are cut. By columns: a process has some outputs (some heads, some of the hidden width), and
@@ -127,27 +127,44 @@ def make_mesh(layout: Layout, device: str) -> DeviceMesh:
     return init_device_mesh(device, (layout.dp, layout.fsdp, layout.tp), mesh_dim_names=("dp", "fsdp", "tp"))
 
 
-def distribute(model: Llama, layout: Layout, half: bool = False) -> "Team":
+def distribute(model: Llama, layout: Layout, half: bool = False, device: torch.device | None = None) -> "Team":
     """Share a model out among the processes, in place; its parameters become DTensors with their names and shapes.
 
-    Every process gives the same weights. `half`: weights are sent to where they are needed in bf16, and a block's
-    matrices are never there in fp32 as a whole. Optimizers are made afterwards. dp is fsdp with one share: the same
-    code, in which each process keeps all. Raises ValueError if the layout does not suit the model.
-    Source: Zhao et al. 2023, "PyTorch FSDP".
+    Every process gives the same weights; or, where none could hold them, a model on the meta device, whose shares then
+    begin on `device` with the values that they would have in a new model. `half`: weights are sent to where they are
+    needed in bf16, and a block's matrices are never there in fp32 as a whole. Optimizers are made afterwards. dp is
+    fsdp with one share: the same code, in which each process keeps all. Raises ValueError if the layout does not suit
+    the model. Source: Zhao et al. 2023, "PyTorch FSDP".
     """
     layout.check(model.config)
-    mesh = make_mesh(layout, model.norm.weight.device.type)
+    mesh = make_mesh(layout, (device or model.norm.weight.device).type)
     if layout.tp > 1:
         cut(model, mesh["tp"])
     data = mesh["dp", "fsdp"] if layout.dp > 1 else mesh["fsdp"]
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     if half:  # also for validation, which one process does in fp32
-        model.forward = torch.autocast(mesh.device_type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        model.hidden = torch.autocast(mesh.device_type, torch.bfloat16)(model.hidden)  # type: ignore[method-assign]
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # we change no scores in place
     for block in model.blocks:
         fully_shard(block, mesh=data, mp_policy=policy if half else MixedPrecisionPolicy())
     fully_shard(model, mesh=data)
+    register_fsdp_forward_method(model, "hidden")  # the loss asks for it alone, and makes the scores a part at a time
+    if device is not None:
+        model.to_empty(device=device)
+        _begin(model)
     return Team(mesh)
+
+
+@torch.no_grad()
+def _begin(model: Llama) -> None:
+    """First values, drawn as one process alone would draw them: each weight whole, one after the other."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):  # draws numbers when it is made, and then others from the same source
+            nn.Linear(layer.in_features, layer.out_features, bias=False)
+    for name, p in model.named_parameters():
+        assert isinstance(p, DTensor), "the model is shared out"
+        begin(name, whole := torch.empty(p.shape))
+        p.copy_(distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None))
 
 
 def cut(model: Llama, mesh: DeviceMesh) -> None:

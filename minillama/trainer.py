@@ -124,8 +124,7 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     packed: dict[str, Any] = {} if batch.segments is None else {"segments": batch.segments.to(device)}
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-    # A model shared out among processes is of another class: its head is only there while it is called.
-    if type(model) is not Llama:
+    if not isinstance(model, Llama):
         return cross_entropy(model(inputs, **packed), targets)
     x = model.hidden(inputs, **packed)
     if 0 < 2 * batch.scored < targets.numel():  # of a prompt, which is not scored, no logits are made

@@ -131,9 +131,11 @@ def train(
         source, content = "stories", batches(0).inputs
     digest = hashlib.sha256(content.numpy().tobytes()).hexdigest()[:8]  # of the text and the tokenizer
     torch.manual_seed(seed)
-    model = Llama(replace(config, vocab_size=words.vocab_size)).to(place)
+    with torch.device("meta" if layout else "cpu"):
+        model = Llama(replace(config, vocab_size=words.vocab_size))
     if layout:
-        team = distribute(model, layout, half=settings.precision == "bfloat16")
+        team = distribute(model, layout, half=settings.precision == "bfloat16", device=place)
+    model.to(place)
     if team.first:
         claim(out, {"preset": preset, "seed": seed, "batch_size": batch_size, "data": f"{source} {digest}"})
     team.wait()
@@ -148,10 +150,13 @@ def train(
         stop()
         if not first:
             return
-        model, _ = load(checkpoints(out)[-1])  # to write takes all of it
     loss, floor = trainer.records[-1]["validation"], validation.floor
     print(f"Validation loss: {loss:.4f}.", "" if floor is None else f"Floor: {floor:.4f}. KL: {loss - floor:.4f}.")
-    print(generate(model, words, beginning, max_new_tokens=200, temperature=0.8, seed=0))
+    whole = model if not layout else None
+    if layout and model.config.bytes("float32") < free_memory():
+        whole, _ = load(checkpoints(out)[-1])
+    if whole:
+        print(generate(whole, words, beginning, max_new_tokens=200, temperature=0.8, seed=0))
     print(f"To read more: minillama generate --checkpoint {checkpoints(out)[-1]}")
 
 

@@ -18,8 +18,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+import minillama.trainer
 from minillama import load
 from minillama.config import ModelConfig
+from minillama.model import Llama
 from minillama.parallel import Layout, SharedMuon, distribute
 from minillama.trainer import Trainer, batch_loss, checkpoints
 from tests.distributed.together import CONFIG, SETTINGS, batches, make_model, make_trainer, together
@@ -64,6 +66,35 @@ def test_loss_norm_and_gradients_equal_those_of_one_process(layout):
 
 def test_a_tied_table_is_shared_out_once():
     together(4, compare_with_serial, "fsdp=2,tp=2", replace(CONFIG, tie_embeddings=True))
+
+
+def compare_in_parts(layout: str, config: ModelConfig) -> None:
+    minillama.trainer.MANY = 0
+    compare_with_serial(layout, config)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scores_are_made_a_few_rows_at_a_time_there_too(tied):
+    together(4, compare_in_parts, "fsdp=2,tp=2", replace(CONFIG, tie_embeddings=tied))
+
+
+def begin_with_nothing(layout: str) -> None:
+    torch.manual_seed(5)
+    expected = Llama(CONFIG).state_dict()
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        model = Llama(CONFIG)
+    distribute(model, Layout.parse(layout), device=torch.device("cpu"))
+    assert torch.equal(torch.rand(1), drawn)
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor) and torch.equal(parameter.full_tensor(), expected[name]), name
+    assert model.frequency.allclose(Llama(CONFIG).frequency)
+
+
+@pytest.mark.parametrize("layout", ["dp=2", "fsdp=2", "fsdp=2,tp=2"])
+def test_a_model_that_no_process_holds_begins_as_one_that_one_does(layout):
+    together(processes(layout), begin_with_nothing, layout)
 
 
 def count_what_is_held(layout: str, divisor: int) -> None:
