@@ -62,8 +62,13 @@ def blocks(path: Path) -> Iterator[Block]:
     A file named .jsonl has a document in each line. Any other file is text: if a line of its first MiB is
     `<|endoftext|>` and nothing else, as in TinyStories, such lines stand between its documents; if none is, it is a
     book, whose passages become documents of at most PASSAGE bytes, cut where a paragraph ends if possible.
-    Raises ValueError for a document of more than MAX_DOCUMENT bytes.
+    Raises ValueError for a document of more than MAX_DOCUMENT bytes, and for a file named .json.
     """
+    if path.suffix == ".json":
+        raise ValueError(
+            f'{path} is one piece of JSON, expected text or JSON lines: write an object with "text" in each line of a '
+            "file named .jsonl."
+        )
     with open(path, "rb") as file:
         buffer, offset, line = file.read(BLOCK), 0, 1
         kind = "lines" if path.suffix == ".jsonl" else "marks" if DIVIDER.search(buffer) else "plain"
@@ -348,7 +353,11 @@ def prepare(
                     sides[side].write(row.tokens[np.repeat(chosen, row.lengths)], row.lengths[chosen])
                 bar.update(len(block.data))
         if not sides["train"].documents:
-            raise ValueError(f"of {counts['read']} documents none is left to learn from: give more text.")
+            source = paths[0] if len(paths) == 1 else f"{len(paths)} files"
+            raise ValueError(
+                f"of {counts['read']} document{'s' * (counts['read'] != 1)} in {source} none is left to learn from: "
+                f"give more text, or a smaller holdout than {holdout}."
+            )
         report = Report(
             files=len(paths), size=size, read=counts["read"],
             dropped={why: counts[why] for why in DROPPED},
@@ -418,16 +427,16 @@ class _Writer:
             self.shard.write(tokens[:room].tobytes())
             self.tokens += min(room, len(tokens))
             if len(tokens) >= room:
-                self._finishshard_path()
+                self._finish_shard()
             tokens = tokens[room:]
 
-    def _finishshard_path(self) -> None:
+    def _finish_shard(self) -> None:
         if self.shard:
             self.sums.append(self.shard.close())
             self.shard = None
 
     def close(self) -> dict[str, Any]:
         """What the manifest says of this side."""
-        self._finishshard_path()
+        self._finish_shard()
         index = self.index.close()
         return {"documents": self.documents, "tokens": self.tokens, "index": index, "shards": self.sums}

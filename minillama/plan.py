@@ -274,14 +274,15 @@ def activations(run: Run) -> int:
 def loss(run: Run) -> int:
     """Scores of every token of the vocabulary, their log-softmax, and the gradients of both; of the four three at once.
 
-    One device alone makes many scores in chunks of rows, where all four meet, and with each the gradients of the output
-    head and of what it reads, which it has twice when they are handed on.
+    Many scores are made in chunks of rows, where all four meet, and with each the gradients of the output head and of
+    what it reads, which are there twice when they are handed on (among several devices, `copies` has the head's).
     """
     c, tokens = run.config, run.micro_batch * run.context
-    if run.devices > 1 or tokens * c.vocab_size <= MANY:
+    if tokens * c.vocab_size <= MANY:
         return 12 * tokens * c.vocab_size
     gradients = 4 * (c.vocab_size + tokens) * c.dim
-    return gradients + max(gradients, 16 * min(ROWS, tokens) * c.vocab_size)
+    again = gradients if run.devices == 1 else 4 * tokens * c.dim
+    return gradients + max(again, 16 * min(ROWS, tokens) * c.vocab_size)
 
 
 def update(run: Run) -> int:

@@ -74,11 +74,14 @@ class TrainSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup is {self.warmup}, expected 0 to {self.steps}, the number of steps.")
-        if not (self.learning_rate > 0 and self.clip > 0 and 0 <= self.final_rate <= 1 and self.weight_decay >= 0):
-            raise ValueError(
-                f"learning_rate {self.learning_rate}, clip {self.clip}, final_rate {self.final_rate} and weight_decay "
-                f"{self.weight_decay}: expected the first two above 0, the third from 0 to 1, the last not below 0."
-            )
+        for name, good, expected in (
+            ("learning_rate", 0 < self.learning_rate <= 1, "above 0, and at most 1"),
+            ("final_rate", 0 <= self.final_rate <= 1, "from 0 to 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "from 0 on"),
+            ("clip", self.clip > 0, "above 0"),
+        ):
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number {expected}.")
         for name, value, known in (
             ("optimizer", self.optimizer, ("muon", "adamw")),
             ("precision", self.precision, ("float32", "bfloat16")),

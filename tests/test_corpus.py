@@ -204,9 +204,9 @@ def test_a_vocabulary_beyond_sixteen_bits_is_written_in_thirty_two():
         ("a.jsonl", b'{"text": "x"}\n[1]', r"a\.jsonl, line 2 is '\[1\]', expected"),
         ("a.jsonl", b'{"text": "x"}\n{"text: 1}\n', r"a\.jsonl, line 2 is not JSON: .* at column 2"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1 is not JSON that can be read"),
-        ("a.txt", b" \n\n \n", r"of 0 documents none is left"),
-        ("a.jsonl", b'{"text": " "}', r"of 1 documents none is left"),
-        ("a.txt", b"", r"of 0 documents none is left"),
+        ("a.txt", b" \n\n \n", r"of 0 documents in .*a\.txt none is left"),
+        ("a.jsonl", b'{"text": " "}', r"of 1 document in .*a\.jsonl none is left"),
+        ("a.txt", b"", r"of 0 documents in .*a\.txt none is left"),
     ],
 )
 def test_text_that_cannot_be_taken_is_named_and_leaves_nothing(tokenizer, tmp_path, name, content, expected):
@@ -568,14 +568,27 @@ def test_data_alone_says_what_there_is(run):
 def test_prepare_without_a_tokenizer_or_a_file_is_one_sentence(run, tokenizer, tmp_path):
     tokenizer.save(tmp_path / "words")
     write(tmp_path / "a.txt", STORIES)
+    (tmp_path / "c.json").write_text('[{"text": "a kite"}]')
+    (tmp_path / "d.jsonl").write_text('{"text": " "}')
     for arguments, expected in (
         ([tmp_path / "a.txt", "--tokenizer", tmp_path], "has no tokenizer"),
         ([tmp_path / "b.txt", "--tokenizer", tmp_path / "words"], "b.txt: No such file"),
         ([tmp_path, "--tokenizer", tmp_path / "words"], "Is a directory"),
+        ([tmp_path / "a.txt", "--tokenizer", tmp_path / "nothing"], "there is no checkpoint"),
+        ([tmp_path / "c.json", "--tokenizer", tmp_path / "words"], "c.json is one piece of JSON, expected text or"),
+        ([tmp_path / "d.jsonl", "--tokenizer", tmp_path / "words"], "of 1 document in .*d.jsonl none is left to learn"),
     ):
         code, out, err = run("data", "prepare", *arguments, "--out", tmp_path / "out")
-        assert (code, out) == (2, "") and expected in err and "Traceback" not in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "words"]
+        assert (code, out) == (2, "") and re.search(expected, err) and "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "c.json", "d.jsonl", "words"]
+
+
+def test_prepare_takes_a_tokenizer_by_the_name_of_its_checkpoint(run, tmp_path):
+    write(tmp_path / "a.txt", STORIES)
+    code, _, err = run("data", "prepare", tmp_path / "a.txt", "--tokenizer", "toy", "--out", tmp_path / "out")
+    assert code == 0, err
+    toy = Path(__file__).parents[1] / "data" / "toy"
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (toy / "tokenizer.model").read_bytes()
 
 
 def test_ctrl_c_ends_prepare_with_one_sentence(run, tokenizer, tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_65b_on_2048_devices_holds_what_was_planned() -> None:
         (Run(config=B65, fsdp=256, tp=8, micro_batch=8), {"micro_batch": 1}),
         (Run(config=B65, fsdp=64), {"checkpointing": True}),
         (Run(config=B65, dp=64), {"checkpointing": True, "dp": 1, "fsdp": 64}),
-        (Run(config=ModelConfig.preset("llama3-70b"), fsdp=4), {"checkpointing": True, "fsdp": 16, "tp": 4}),
+        (Run(config=ModelConfig.preset("llama3-70b"), fsdp=4), {"checkpointing": True, "fsdp": 8, "tp": 4}),
     ],
 )
 def test_the_nearest_run_that_fits_is_found(run: Run, change: dict) -> None:

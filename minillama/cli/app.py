@@ -83,6 +83,18 @@ def load_checkpoint(
     return model, tokenizer
 
 
+def named_tokenizer(name: str) -> "Tokenizer":
+    from minillama import load
+    from minillama.checkpoint.load import find_checkpoint
+    from minillama.tokenizer import load_tokenizer
+
+    path = find_checkpoint(name)
+    tokenizer = load_tokenizer(path) if path.is_dir() else load(path)[1]
+    if tokenizer is None:
+        raise ValueError(f"the checkpoint {name} has no tokenizer: name one that has.")
+    return tokenizer
+
+
 def best_device() -> str:
     import torch
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minillama.cli.app import app, option
+from minillama.cli.app import app, named_tokenizer, option
 
 if TYPE_CHECKING:
     from minillama.corpus import Report
@@ -25,7 +25,7 @@ def _start(context: typer.Context) -> None:
 @data.command()
 def prepare(
     files: Annotated[list[Path], typer.Argument(help="UTF-8 text, or JSON lines with a text each (.jsonl).")],
-    tokenizer: Annotated[Path, option("Tokens", "The tokenizer's folder, like that of a checkpoint.")],
+    tokenizer: Annotated[str, option("Tokens", "A checkpoint's: toy, smollm2, a folder, or a .gguf file.")],
     out: Annotated[Path, option("Tokens", "The folder to write, a new one.")],
     shard_tokens: Annotated[int, option("Tokens", "In each file but the last.", min=1)] = 2**26,
     holdout: Annotated[float, option("Documents", "The share that is kept to validate with.")] = 0.01,
@@ -42,16 +42,15 @@ def prepare(
     words of an earlier one is dropped. Ctrl-C leaves nothing behind.
 
     [bold]Examples[/bold]
-      minillama data prepare books/*.txt --tokenizer data/toy --out corpora/books
-      minillama data prepare a.jsonl b.jsonl --tokenizer data/toy --out corpora/ab
+      minillama data prepare books/*.txt --tokenizer toy --out corpora/books
+      minillama data prepare a.jsonl b.jsonl --tokenizer smollm2 --out corpora/ab
       minillama train --data corpora/books
     """
     from minillama import corpus
-    from minillama.tokenizer import load_tokenizer
 
     try:
         report = corpus.prepare(
-            files, load_tokenizer(tokenizer), out, holdout=holdout, seed=seed, shard_tokens=shard_tokens,
+            files, named_tokenizer(tokenizer), out, holdout=holdout, seed=seed, shard_tokens=shard_tokens,
             processes=processes,
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -88,7 +88,7 @@ def finetune(
 
     place = check_device(device or best_device())
     settings = TrainSettings(
-        steps=steps, learning_rate=learning_rate, warmup=min(50, max(0, steps) // 10),
+        steps=steps, learning_rate=learning_rate, warmup=0 if lora is None else min(50, max(0, steps) // 10),
         optimizer="muon" if lora is None else "adamw", precision=precision or quick_precision(place.type),
     )  # fmt: skip
     model, tokenizer = load_checkpoint(checkpoint, str(place), "float32")

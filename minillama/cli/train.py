@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minillama.cli.app import Device, app, best_device, from_utf8, option
+from minillama.cli.app import Device, app, best_device, from_utf8, named_tokenizer, option
 
 if TYPE_CHECKING:
     from minillama.data import TextBatches, Validation
@@ -33,7 +33,7 @@ def train(
     steps: Annotated[int, option("Run", "How often all weights are nudged.")] = 2000,
     batch_size: Annotated[int, option("Run", "Stories, or windows of text, in a step.", min=1)] = 16,
     optimizer: Annotated[str, option("Run", "muon or adamw.")] = "muon",
-    learning_rate: Annotated[float, option("Run", "Its peak.")] = 1e-2,
+    learning_rate: Annotated[float, option("Run", "Its peak.")] = 1.5e-2,
     checkpointing: Annotated[
         bool, option("Run", "Keep of each block only what it reads, and compute the rest again: less memory.")
     ] = False,
@@ -43,7 +43,9 @@ def train(
     seed: Annotated[int, option("Run", "For the first weights and the order of the data.")] = 0,
     text: Annotated[list[Path] | None, option("Data", "Your own text, a UTF-8 file (may be given again).")] = None,
     data: Annotated[Path | None, option("Data", "Or a folder that `minillama data prepare` wrote.")] = None,
-    tokenizer: Annotated[Path | None, option("Data", "Its folder; left out: the toy's, or a new one.")] = None,
+    tokenizer: Annotated[
+        str | None, option("Data", "A checkpoint's: toy, smollm2, a folder …; left out: the toy's, or a new one.")
+    ] = None,
     vocab_size: Annotated[int | None, option("Data", "Tokens to learn from the text; left out: 2048.")] = None,
     window: Annotated[
         int | None, option("Data", "Tokens of the text that are read at once; left out: 256.", min=1)
@@ -71,7 +73,6 @@ def train(
     from minillama.checkpoint.memory import free_memory
     from minillama.data import StoryBatches, story_validation
     from minillama.shards import Corpus, ShardBatches, corpus_validation
-    from minillama.tokenizer import load_tokenizer
     from minillama.trainer import ALONE, Trainer, TrainSettings, checkpoints
 
     config, layout, out = ModelConfig.preset(preset), None, out or Path("runs") / preset
@@ -89,14 +90,15 @@ def train(
         layout = Layout.parse(parallel)
         place = start(device or best_device())
     settings = TrainSettings(
-        steps=steps, learning_rate=learning_rate, warmup=min(50, max(0, steps) // 10), optimizer=optimizer,
-        precision=precision or quick_precision(place.type), checkpointing=checkpointing,
+        steps=steps, learning_rate=learning_rate, optimizer=optimizer, checkpointing=checkpointing,
+        warmup=0 if optimizer == "muon" else min(50, max(0, steps) // 10),  # Muon's steps have one size from the first
+        precision=precision or quick_precision(place.type),
     )  # fmt: skip
     if layout is None and place.type == "cpu" and (needed := config.training_bytes()) > (free := free_memory()):
         raise ValueError(f"{preset} needs {needed / 1e9:,.1f} GB to train, and {free / 1e9:,.1f} GB are free: try toy.")
     if (width := window or 256) > config.max_seq_len:
         raise ValueError(f"--window is {width}, expected at most {config.max_seq_len}, the context of {preset}.")
-    words = load_tokenizer(tokenizer) if tokenizer and not data else None
+    words = named_tokenizer(tokenizer) if tokenizer and not data else None
     batches: TextBatches | StoryBatches | ShardBatches
     if data:
         for name, value in (("--text", text), ("--tokenizer", tokenizer), ("--vocab-size", vocab_size)):

@@ -39,7 +39,7 @@ def rows(rounds: int = 1) -> list[dict[str, Any]]:
     default = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
     tokenizer = load("toy")[1]
     settings = TrainSettings(
-        steps=default["steps"], learning_rate=default["learning_rate"], warmup=50, precision=quick_precision("cpu"),
+        steps=default["steps"], learning_rate=default["learning_rate"], warmup=0, precision=quick_precision("cpu"),
         validate_every=default["steps"], save_every=default["steps"],
     )  # fmt: skip
     torch.manual_seed(default["seed"])

@@ -273,6 +273,25 @@ def test_torchrun_restarts_from_the_last_checkpoint(uninterrupted, tmp_path):
     assert_same_losses([json.loads(line) for line in (tmp_path / "metrics.jsonl").open()], uninterrupted)
 
 
+def test_the_command_trains_like_one_process(tmp_path):
+    command = ["-m", "minillama", "train", "--steps", "3", "--batch-size", "5", "--precision", "float32"]
+    command += ["--optimizer", "adamw"]  # rounding grows in Muon, which multiplies in bf16
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command, "--parallel", "fsdp=2"]
+    losses = []
+    for name, arguments in (("alone", command), ("shared", run)):
+        done = subprocess.run(
+            [sys.executable, *arguments, "--out", name],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Validation loss: ") == 1  # one speaks for all
+        assert done.stdout.endswith(f"To read more: minillama generate --checkpoint {name}/step-3\n")
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 # What cannot be.
 
 
