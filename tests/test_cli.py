@@ -497,7 +497,7 @@ def test_other_settings_do_not_touch_a_run(run: Run, checkpoint: Path, book: Pat
     before = digests(tmp_path)
     for more, expected in (
         (["--steps", 5], r"holds a run with steps 4, not 5: "),
-        (["--learning-rate", 0.1], r"holds a run with learning_rate 0\.01, not 0\.1: "),
+        (["--learning-rate", 0.1], r"holds a run with learning_rate 0\.015, not 0\.1: "),
         (["--batch-size", 3], r"holds a run with batch_size 2, not 3: "),
         (["--seed", 1], r"holds a run with seed 0, not 1: "),
         (["--preset", "toy"], r"holds a run with preset toy-small, not toy: "),
