@@ -7,7 +7,7 @@ memory then, since a very small model has been trained. Linux only.
 
 The two targets pull at the length of the text. What is sent does not depend on it, so speed gains by longer ones; and
 FSDP2 halves weights, gradients and optimizer states, not activations, so memory gains by shorter ones. Hence the
-checkpointing, on both sides: with all activations kept, memory is 0.73 at this length, at the same speed.
+checkpointing, on both sides: with all activations kept, memory was 0.73 at this length, and speed 0.83.
 """
 
 import json
