@@ -126,7 +126,7 @@ def test_a_run_killed_at_50_random_moments_and_resumed_equals_one_that_was_not(u
     calls = counts.recv()  # in the first half, before it writes, it looks whether all weights are finite
     runs, in_writing = [tmp_path / "run-0"], 0
     for kill in range(50):
-        # At any moment, as early as before its first line; or while it writes its first checkpoint; or until its second.
+        # At any moment, as early as before its first line; or in its first checkpoint; or until its second is there.
         killed_at = rng.randrange(calls // 2, calls if kill % 4 == 1 else 2 * calls) if kill % 2 else None
         child = forkserver.Process(target=train_in_child, args=(runs[-1], 0.01, killed_at))
         child.start()
