@@ -3,7 +3,6 @@
 Letters: B batch, T new tokens, S all tokens seen so far (S ≥ T), H query heads, K key/value heads, D head_dim.
 """
 
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -121,51 +120,62 @@ class Attention(nn.Module):
 
 
 class InBlocks(torch.autograd.Function):
-    """Attention of q, k and v (B, H, T, D) in blocks of queries, each of which meets no key behind its last query.
+    """Attention of q, k and v (B, H, T, D) in blocks of queries, each of which meets only a span of keys: from the
+    first that one of its queries may see to the last.
 
     Half of all pairs are left out, what remains are products of matrices, and only one block's probabilities are held
     at a time: the backward pass makes them again. Source: Dao et al. 2022, "FlashAttention", section 3.1.
     """
 
+    # B and H are one axis in here: PyTorch would copy each slice of four axes before it multiplies.
+
     @staticmethod
-    def blocks(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
-        """For each block its queries, the keys that they may see, and the probabilities (B, H, block, keys)."""
-        T = q.shape[2]
-        for start in range(0, T, BLOCK):
-            end = min(start + BLOCK, T)
-            queries, keys = slice(start, end), slice(end)
-            if mask is not None and mask[:, :, queries, end:].any():
-                keys = slice(T)
-            scores = q[:, :, queries] @ k[:, :, keys].transpose(-1, -2)
-            if mask is None:
-                hidden = causal_mask(end - start, end - start, q.device).logical_not_()
-                scores[..., start:].masked_fill_(hidden, -torch.inf)
-            else:
-                scores.masked_fill_(~mask[:, :, queries, keys], -torch.inf)
-            yield queries, keys, scores.softmax(-1)
+    def spans(T: int, mask: Tensor | None) -> list[tuple[slice, slice]]:
+        """For each block its queries, and the keys that it meets."""
+        blocks = [slice(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+        if mask is None:
+            return [(queries, slice(queries.stop)) for queries in blocks]
+        seen = mask.flatten(0, 1).any(0)  # in any text of the batch: (T, T)
+        columns = [seen[queries].any(0).nonzero() for queries in blocks]
+        return [(queries, slice(int(c[0]), int(c[-1]) + 1)) for queries, c in zip(blocks, columns, strict=True)]
+
+    @staticmethod
+    def probabilities(q: Tensor, k: Tensor, hidden: Tensor, queries: slice, keys: slice) -> Tensor:
+        """Of one block: (B·H, queries, keys). `hidden` is added to the scores, 0 where a token may look and -inf where
+        not: (B, 1, T, T), or for plain causal (BLOCK, BLOCK), since only the last keys are hidden from some queries."""
+        scores = q[:, queries] @ k[:, keys].transpose(-1, -2)
+        if hidden.dim() == 4:
+            scores.unflatten(0, (len(hidden), -1)).add_(hidden[:, :, queries, keys])
+        else:
+            size = queries.stop - queries.start
+            scores[..., -size:] += hidden[:size, :size]
+        return scores.softmax(-1)
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        q = q * q.shape[-1] ** -0.5
+        shape = q.shape
+        q, k, v = (q * shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        hidden = (causal_mask(BLOCK, BLOCK) if mask is None else mask).to(q.dtype).log()
+        ctx.spans = InBlocks.spans(shape[2], mask)
         y = torch.empty_like(q)
-        for queries, keys, p in InBlocks.blocks(q, k, mask):
-            y[:, :, queries] = p @ v[:, :, keys]
-        ctx.save_for_backward(q, k, v, mask, y)
-        return y
+        for queries, keys in ctx.spans:
+            y[:, queries] = InBlocks.probabilities(q, k, hidden, queries, keys) @ v[:, keys]
+        ctx.save_for_backward(q, k, v, hidden, y)
+        return y.view(shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, mask, y = ctx.saved_tensors
-        dq, dk, dv = (
-            torch.empty_like(q),
-            torch.zeros_like(k, dtype=torch.float32),
-            torch.zeros_like(v, dtype=torch.float32),
-        )
-        mean = (dy.float() * y.float()).sum(-1, keepdim=True).to(dy.dtype)  # Σ p dp of a query
-        for queries, keys, p in InBlocks.blocks(q, k, mask):
-            dp = dy[:, :, queries] @ v[:, :, keys].transpose(-1, -2)
-            ds = dp.sub_(mean[:, :, queries]).mul_(p)
-            dq[:, :, queries] = ds @ k[:, :, keys]
-            dk[:, :, keys] += ds.transpose(-1, -2) @ q[:, :, queries]
-            dv[:, :, keys] += p.transpose(-1, -2) @ dy[:, :, queries]
-        return dq * q.shape[-1] ** -0.5, dk.to(k.dtype), dv.to(v.dtype), None
+        q, k, v, hidden, y = ctx.saved_tensors
+        shape, dy = dy.shape, dy.flatten(0, 1)
+        dq = torch.empty_like(q)
+        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        mean = (dy * y).sum(-1, keepdim=True)  # Σ p dp of a query
+        for queries, keys in ctx.spans:
+            p = InBlocks.probabilities(q, k, hidden, queries, keys)
+            dp = dy[:, queries] @ v[:, keys].transpose(-1, -2)
+            ds = dp.sub_(mean[:, queries]).mul_(p)
+            dq[:, queries] = ds @ k[:, keys]
+            dk[:, keys] += ds.transpose(-1, -2) @ q[:, queries]
+            dv[:, keys] += p.transpose(-1, -2) @ dy[:, queries]
+        dq, dk, dv = dq * shape[-1] ** -0.5, dk.to(k.dtype), dv.to(v.dtype)
+        return dq.view(shape), dk.view(shape), dv.view(shape), None

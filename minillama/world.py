@@ -25,6 +25,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words: English, Chinese, and what else must agree (a name's pronoun, a thing's measure word).
@@ -314,8 +315,7 @@ def excerpt(story: Story, rng: random.Random) -> list[Task]:
 # The machinery: the grammar's text becomes a tree, and whoever walks through the tree decides at each choice.
 
 
-@dataclass(frozen=True)
-class Word:
+class Word(NamedTuple):
     """A word of a list. `also` is what agrees with it: a name's pronoun, a thing's measure word in Chinese."""
 
     english: str
@@ -624,6 +624,9 @@ def _look_up(name: str, facts: Facts) -> Word:
     return Word(word.english.capitalize(), word.chinese, word.also) if name[0].isupper() else word
 
 
+_FACT = re.compile(r"\{([\w.]+)\}")
+
+
 def _fill(template: str, facts: Facts, parts: Sequence[str] | None = None) -> str:
     """Put facts into a text: Chinese if `parts`, the Chinese of its choices, are given; else English."""
 
@@ -632,7 +635,7 @@ def _fill(template: str, facts: Facts, parts: Sequence[str] | None = None) -> st
             return parts[int(found[1]) - 1] if found[1].isdigit() else _look_up(found[1], facts).chinese
         return _look_up(found[1], facts).english
 
-    return re.sub(r"\{([\w.]+)\}", replace, template)
+    return _FACT.sub(replace, template)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,10 +68,11 @@ def option(panel: str, help: str, **settings: Any) -> Any:
 
 
 Device = Annotated[str | None, option("Model", "cpu, cuda, cuda:1, mps; left out: cuda if there is one.")]
+Adapter = Annotated[Path | None, option("Model", "A folder with a LoRA adapter for it.", show_default=False)]
 
 
 def load_checkpoint(
-    checkpoint: str, device: "str | torch.device | None", dtype: str, load: Any = None
+    checkpoint: str, device: "str | torch.device | None", dtype: str, adapter: Path | None = None, load: Any = None
 ) -> "tuple[Llama, Tokenizer]":
     import torch
 
@@ -80,6 +82,10 @@ def load_checkpoint(
     model, tokenizer = load(checkpoint, device=device or best_device(), dtype=getattr(torch, dtype, dtype))
     if tokenizer is None:
         raise ValueError(f"the checkpoint {checkpoint} has no tokenizer, so it cannot read or write text.")
+    if adapter is not None:
+        from minillama.finetune import load_adapter, merge
+
+        merge(load_adapter(model, adapter))
     return model, tokenizer
 
 

@@ -28,6 +28,9 @@ def evaluate(
         ),
     ] = None,
     device: Device = None,
+    adapter: Annotated[
+        Path | None, option("Model", "A folder with a LoRA adapter, of two models for the second.", show_default=False)
+    ] = None,
     dtype: Annotated[str, option("Model", "float32, bfloat16, float16, int8 or int4.")] = "float32",
     text: Annotated[Path | None, option("Task", "For perplexity: a UTF-8 file; left out: stories.")] = None,
     data: Annotated[Path | None, option("Task", "For choice: a file of questions, one a line of JSON.")] = None,
@@ -50,6 +53,7 @@ def evaluate(
       minillama eval --text book.txt --checkpoint toy --checkpoint smollm2
       minillama eval --task choice --data questions.jsonl --checkpoint smollm2
       minillama eval --task mood --heldout --checkpoint runs/mine --out mood.json
+      minillama eval --task mood --checkpoint smollm2 --adapter runs/mine/step-500
     """
     names = checkpoint or ["toy"]
     _check(task, names, text, data, {"--count": count, "--seed": seed, "--heldout": heldout, "--shots": shots})
@@ -64,18 +68,19 @@ def evaluate(
     settings = {"count": count, "seed": seed, "heldout": heldout}
     results, scores = [], []
     try:
-        for name in names:
-            model, tokenizer = load_checkpoint(name, device, dtype)
+        for name, correction in zip(names, [*[None] * (len(names) - 1), adapter], strict=True):
+            model, tokenizer = load_checkpoint(name, device, dtype, correction)
             found, details = _run(model, tokenizer, task, content, settings, shots)
             del model
             scores.append(found)
-            results.append(
-                {"checkpoint": name, "scores": {key: _said(score) for key, score in found.items()}} | details
-            )
+            which = {"checkpoint": name} | ({"adapter": str(correction)} if correction else {})
+            results.append(which | {"scores": {key: _said(score) for key, score in found.items()}} | details)
     except KeyboardInterrupt:
         print("minillama: stopped; nothing was written.", file=sys.stderr)
         raise typer.Exit(130) from None
     differences = _differences(scores, results)
+    if adapter is not None:
+        names = [*names[:-1], f"{names[-1]} + {adapter}"]
     print(_table(names, scores, differences))
     for name, details in zip(names, results, strict=True):
         if "tokens" in details:

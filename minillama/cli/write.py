@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minillama.cli.app import Device, app, best_device, complain, from_utf8, load_checkpoint, option
+from minillama.cli.app import Adapter, Device, app, best_device, complain, from_utf8, load_checkpoint, option
 
 if TYPE_CHECKING:
     from minillama.model import Llama
     from minillama.tokenizer import Tokenizer
 
 Checkpoint = Annotated[str, option("Model", "toy, smollm2, a folder or a .gguf file.")]
-Adapter = Annotated[Path | None, option("Model", "A folder with a LoRA adapter for it.", show_default=False)]
 Dtype = Annotated[str, option("Model", "float32, bfloat16, float16, int8 or int4.")]
 TEMPERATURE = "0: the likeliest token; 1: as the model thinks."
 TopK = Annotated[int | None, option("Choosing", "Only the K likeliest tokens.")]
@@ -64,7 +63,7 @@ def generate(
     """
     if parallel is None:
         prompt = _read(prompt)
-        model, tokenizer = _load(checkpoint, adapter, device, dtype)
+        model, tokenizer = load_checkpoint(checkpoint, device, dtype, adapter)
     elif adapter is not None or compile:
         raise ValueError("--parallel takes neither --adapter nor --compile: leave one out.")
     else:
@@ -113,17 +112,8 @@ def _load_share(
         sys.stdout = open(os.devnull, "w")
     seed = random.getrandbits(62) if seed is None else seed
     prompt, seed = from_first((_read(prompt), seed) if first else None)
-    model, tokenizer = load_checkpoint(checkpoint, place, dtype, partial(load_share, layout=layout))
+    model, tokenizer = load_checkpoint(checkpoint, place, dtype, load=partial(load_share, layout=layout))
     return model, tokenizer, prompt, seed
-
-
-def _load(checkpoint: str, adapter: Path | None, device: str | None, dtype: str) -> "tuple[Llama, Tokenizer]":
-    model, tokenizer = load_checkpoint(checkpoint, device, dtype)
-    if adapter is not None:
-        from minillama.finetune import load_adapter, merge
-
-        merge(load_adapter(model, adapter))
-    return model, tokenizer
 
 
 def _verdict(story: str) -> str:
@@ -163,7 +153,7 @@ def chat(
             "the toy only tells stories, nobody taught it to chat: take `--checkpoint smollm2`, or teach it with "
             "`minillama finetune`."
         )
-    model, tokenizer = _load(checkpoint, adapter, device, dtype)
+    model, tokenizer = load_checkpoint(checkpoint, device, dtype, adapter)
     from minillama import generate
 
     write = partial(

@@ -18,7 +18,7 @@ import torch
 
 from minillama import load
 from minillama.evaluate import bootstrap, run_task
-from minillama.finetune import LoraTrainer, TaskBatches, add_lora, renew
+from minillama.finetune import RECIPES, LoraTrainer, TaskBatches, add_lora, renew
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 from minillama.trainer import Trainer, TrainSettings
@@ -28,9 +28,7 @@ RESULTS = Path(__file__).with_name("TASKS.md")
 COUNT, COUNT_OF_SMOLLM2 = 500, 100
 TARGETS = {"mood": ("accuracy", 0.98), "question": ("exact_match", 0.95), "summary": ("rougeL", 0.95),
            "translation": ("bleu", 90.0)}  # fmt: skip
-# kind → steps, chats in a step, peak of the learning rate, the last blocks that begin anew
-RECIPES = {"mood": (250, 16, 4e-3, 0), "question": (1100, 16, 7e-3, 3), "summary": (850, 16, 5e-3, 0),
-           "translation": (900, 14, 1e-2, 3)}  # fmt: skip
+MODELS = ("toy, fine-tuned", "toy, from scratch", "SmolLM2, no example", "SmolLM2, four examples", "SmolLM2, LoRA")
 LORA_STEPS, LORA_BATCH, LORA_RANK = 400, 8, 8
 NOTE = """\
 Made by `python -m tests.benchmarks.tasks`. Scores are means over {count} tasks about new stories ({small} for SmolLM2),
@@ -113,8 +111,8 @@ def lora() -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| task | model | stories | metric | score | interval | seconds | target | |",
              "|---|---|---|---|---:|---|---:|---|---|"]  # fmt: skip
-    order = list(TARGETS)
-    for r in sorted(rows, key=lambda r: order.index(r["task"])):
+    tasks = list(TARGETS)
+    for r in sorted(rows, key=lambda r: (tasks.index(r["task"]), MODELS.index(r["model"]))):
         digits = 1 if r["metric"] == "bleu" else 3
         value, low, high = (f"{x:.{digits}f}" for x in r["interval"])
         seconds = "" if r["seconds"] is None else f"{r['seconds']:.0f}"
@@ -127,7 +125,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str]) -> int:
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {kind: lambda kind=kind: toys(kind) for kind in TARGETS}
-    parts |= {"smollm2": smollm2, "lora": lora}
+    parts |= {"lora": lora, "smollm2": smollm2}  # what is timed comes first
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.tasks", description="Measure the tasks.")
     parser.add_argument("names", nargs="*", metavar="name", help=f"what to measure, of {', '.join(parts)}; else all")
     names = parser.parse_args(arguments).names or list(parts)
