@@ -342,7 +342,8 @@ class LoraLinear(Linear):
         nn.init.uniform_(self.a, -(base.in_features**-0.5), base.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        correction = linear(linear(x.to(self.a.dtype), self.a), self.b) * (self.alpha / self.rank)
+        same = x if torch.is_autocast_enabled(x.device.type) else x.to(self.a.dtype)  # autocast would turn it back
+        correction = linear(linear(same, self.a) * (self.alpha / self.rank), self.b)
         y = linear(x, self.weight)
         return (y + correction).to(y.dtype)
 

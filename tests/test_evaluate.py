@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from minillama import Llama, ModelConfig, load, world
 from minillama import evaluate as e
+from minillama.finetune import add_lora, save_adapter
 from tests.test_cli import Result, Run, run  # noqa: F401  (`run` is a fixture)
 
 TEXT = "Tom ate 3 pears.\nMia, who was 好, saw the naïve café 🎈 by the sea. " * 3
@@ -482,6 +483,27 @@ def test_eval_of_choices_and_of_tasks(run: Run, tmp_path: Path) -> None:  # noqa
     written = json.loads(out.read_text())
     assert written["count"] == 2 and len(written["results"][0]["examples"]) == 2
     assert "2 examples" in run("eval", "--count", 2).out
+
+
+def test_eval_compares_a_model_with_itself_and_an_adapter(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    model, _ = load("toy")
+    add_lora(model, 2, 4, ["wq", "down"])
+    for name, weight in model.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(weight, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
+    both = ("--checkpoint", "toy", "--checkpoint", "toy", "--adapter", tmp_path / "adapter")
+    result = run("eval", "--text", tmp_path / "book.txt", "--out", tmp_path / "r.json", *both)
+    assert result.code == 0 and f"toy + {tmp_path / 'adapter'}"[-29:] in result.out.splitlines()[0]
+    plain, adapted = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert "adapter" not in plain and adapted["adapter"] == str(tmp_path / "adapter")
+    for found, of in ((plain, load("toy")), (adapted, (model, load("toy")[1]))):
+        expected = e.perplexity(*of, TEXT).bits_per_byte
+        assert found["scores"]["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert plain["scores"] != adapted["scores"]
+    result = run("eval", "--count", 1, "--adapter", tmp_path / "none")
+    assert result.code == 2 and "none" in result.err and result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -812,6 +812,22 @@ def test_an_adapter_is_taught_by_tasks_and_used_with_its_model(cli):
     assert code == 0 and plain != adapted
 
 
+def test_the_toy_learns_one_task_by_its_recipe_but_for_what_is_given(cli, monkeypatch):
+    monkeypatch.setitem(finetune.RECIPES, "mood", finetune.Recipe(3, 2, 1e-2, 1))
+    calm = ("finetune", "--task", "mood", "--precision", "float32", "--device", "cpu")
+
+    def run_of(*options):
+        assert cli(*calm, *options, "--out", "run")[0] == 0
+        note, last = json.loads(Path("run/run.json").read_text()), max(Path("run").glob("step-*")).name
+        shutil.rmtree("run")
+        return note["batch_size"], note["renew"], last
+
+    assert run_of() == (2, 1, "step-3")
+    assert run_of("--steps", "1", "--renew", "0", "--batch-size", "4") == (4, None, "step-1")
+    assert run_of("--steps", "1", "--lora", "2") == (16, None, "step-1")
+    assert run_of("--steps", "1", "--task", "summary", "--renew", "0")[0] == finetune.RECIPES["summary"].batch_size
+
+
 def test_the_same_command_goes_on_and_other_options_are_one_sentence(cli):
     command = ["finetune", "--checkpoint", "small", "--data", "chats.jsonl", "--lora", "2", *FEW]
     assert cli(*command)[0] == 0 and cli(*command)[0] == 0

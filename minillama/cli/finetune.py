@@ -27,7 +27,7 @@ def finetune(
         str | None, option("Data", "Or the toy world's: mood, question, summary, translation, story; left out: all.")
     ] = None,
     renew: Annotated[
-        int | None, option("Model", "Blocks, the last ones, that begin anew; for what a model resists to learn.", min=1)
+        int | None, option("Model", "Blocks, the last ones, that begin anew; for what a model resists to learn.", min=0)
     ] = None,
     lora: Annotated[int | None, option("LoRA", "Train corrections of this rank only; left out: all weights.")] = None,
     alpha: Annotated[float | None, option("LoRA", "They count alpha / rank times; left out: twice the rank.")] = None,
@@ -37,9 +37,9 @@ def finetune(
     out: Annotated[
         Path | None, option("Run", "Its folder; left out: runs/CHECKPOINT-DATA.", show_default=False)
     ] = None,
-    steps: Annotated[int, option("Run", "How often the weights are nudged.")] = 500,
-    batch_size: Annotated[int, option("Run", "Chats in a step.", min=1)] = 16,
-    learning_rate: Annotated[float, option("Run", "Its peak.")] = 1e-3,
+    steps: Annotated[int | None, option("Run", "How often the weights are nudged.", show_default="500")] = None,
+    batch_size: Annotated[int | None, option("Run", "Chats in a step.", min=1, show_default="16")] = None,
+    learning_rate: Annotated[float | None, option("Run", "Its peak.", show_default="0.001")] = None,
     seed: Annotated[int, option("Run", "For the order of the data, and what else is drawn.")] = 0,
 ) -> None:
     """Teach a model to answer: only what the assistant says is learned.
@@ -49,10 +49,14 @@ def finetune(
     one, is held out to validate with. Ctrl-C saves and stops; the same command
     goes on from there. Losses are in nats per token of the answers.
 
+    The toy learns one task (all its weights, no --lora) by a recipe that takes
+    two cores less than 3 minutes; what you give of --steps, --batch-size,
+    --learning-rate and --renew counts instead.
+
     [bold]Examples[/bold]
       minillama finetune
-      minillama finetune --task mood --steps 250 --learning-rate 4e-3
-      minillama finetune --task question --renew 2
+      minillama finetune --task question
+      minillama eval --task question --checkpoint runs/toy-question/step-1050
       minillama finetune --checkpoint smollm2 --data chats.jsonl --lora 8
       minillama chat --checkpoint smollm2 --adapter runs/smollm2-chats-lora/step-500
     """
@@ -66,7 +70,7 @@ def finetune(
             raise ValueError(
                 f"{name} is {value}, but there is no --lora that it is meant for: give one, or leave it out."
             )
-    if renew is not None and lora is not None:
+    if renew and lora is not None:
         raise ValueError(f"--renew is {renew} and --lora is {lora}, but LoRA keeps all weights: leave one of them out.")
     import torch
 
@@ -75,8 +79,10 @@ def finetune(
     from minillama.data import Validation
     from minillama.finetune import (
         KINDS,
+        RECIPES,
         ChatBatches,
         LoraTrainer,
+        Recipe,
         TaskBatches,
         add_lora,
         chat_rows,
@@ -86,6 +92,13 @@ def finetune(
     from minillama.finetune import renew as begin_anew
     from minillama.trainer import Trainer, TrainSettings, checkpoints
 
+    usual = Recipe(500, 16, 1e-3, 0)
+    if checkpoint == "toy" and lora is None:
+        usual = RECIPES.get(task or "", usual)
+    steps = usual.steps if steps is None else steps
+    batch_size = usual.batch_size if batch_size is None else batch_size
+    learning_rate = usual.learning_rate if learning_rate is None else learning_rate
+    renew = (usual.renewed if renew is None else renew) or None
     place = check_device(device or best_device())
     settings = TrainSettings(
         steps=steps, learning_rate=learning_rate, warmup=0 if lora is None else min(50, max(0, steps) // 10),

@@ -29,7 +29,7 @@ COUNT, COUNT_OF_SMOLLM2 = 500, 100
 TARGETS = {"mood": ("accuracy", 0.98), "question": ("exact_match", 0.95), "summary": ("rougeL", 0.95),
            "translation": ("bleu", 90.0)}  # fmt: skip
 MODELS = ("toy, fine-tuned", "toy, from scratch", "SmolLM2, no example", "SmolLM2, four examples", "SmolLM2, LoRA")
-LORA_STEPS, LORA_BATCH, LORA_RANK = 400, 8, 8
+LORA_STEPS, LORA_BATCH, LORA_RANK = 360, 8, 8
 NOTE = """\
 Made by `python -m tests.benchmarks.tasks`. Scores are means over {count} tasks about new stories ({small} for SmolLM2),
 between brackets the middle 95 % of 1,000 resamples; `held out`: about pairs of colour and thing that no training text
