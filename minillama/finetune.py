@@ -195,10 +195,11 @@ class ChatBatches:
 class TaskBatches:
     """New tasks from the toy world at every step, each chat about a new story, of kinds drawn from `kinds`.
 
-    Chats of like length share a batch: `GROUP` batches are drawn together, sorted and cut. Of a run of `steps`, the first two thirds have questions and translations about excerpts, and the rest about whole
-    stories too, half and half: where a few sentences hold the answer, what to look at is soon found, and then found
-    again among many. The later batches have half as many chats, and so about as many tokens. Raises ValueError for a
-    kind that the world does not have.
+    Chats of like length share a batch: `GROUP` batches are drawn together, sorted and cut. Of a run of `steps`, the
+    first two thirds have questions and translations about excerpts, and the rest about whole stories too, half and
+    half: where a few sentences hold the answer, what to look at is soon found, and then found again among many. The
+    later batches have half as many chats, and so about as many tokens. Raises ValueError for a kind that the world
+    does not have.
     """
 
     GROUP = 16

@@ -33,7 +33,8 @@ LORA_STEPS, LORA_BATCH, LORA_RANK = 360, 8, 8
 NOTE = """\
 Made by `python -m tests.benchmarks.tasks`. Scores are means over {count} tasks about new stories ({small} for SmolLM2),
 between brackets the middle 95 % of 1,000 resamples; `held out`: about pairs of colour and thing that no training text
-has. Seconds are those of training. SmolLM2 with LoRA learns all four tasks in one run.
+has. Seconds are those of training. SmolLM2 with LoRA learns all four tasks in one run. A part that is measured anew
+(`… tasks question lora`) replaces its rows.
 """
 
 
@@ -108,19 +109,43 @@ def lora() -> list[dict[str, Any]]:
             for row in scores("SmolLM2, LoRA", model, tokenizer, kind, COUNT_OF_SMOLLM2, seconds)]  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| task | model | stories | metric | score | interval | seconds | target | |",
-             "|---|---|---|---|---:|---|---:|---|---|"]  # fmt: skip
-    tasks = list(TARGETS)
-    for r in sorted(rows, key=lambda r: (tasks.index(r["task"]), MODELS.index(r["model"]))):
+def lines_of(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], str]:
+    """A line of the table for each row, by task, model and stories."""
+    lines = {}
+    for r in rows:
         digits = 1 if r["metric"] == "bleu" else 3
         value, low, high = (f"{x:.{digits}f}" for x in r["interval"])
         seconds = "" if r["seconds"] is None else f"{r['seconds']:.0f}"
         target = "" if r["target"] is None else f"≥ {r['target']:g}"
         met = "" if r["target"] is None else "met" if r["interval"].value >= r["target"] else "not met"
-        lines.append(f"| {r['task']} | {r['model']} | {r['stories']} | {r['metric']} | {value} | [{low}, {high}] "
-                     f"| {seconds} | {target} | {met} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
+        lines[r["task"], r["model"], r["stories"]] = (
+            f"| {r['task']} | {r['model']} | {r['stories']} | {r['metric']} | {value} | [{low}, {high}] "
+            f"| {seconds} | {target} | {met} |"
+        )
+    return lines
+
+
+def stored() -> dict[tuple[str, ...], str]:
+    """The lines that TASKS.md has."""
+    if not RESULTS.exists():
+        return {}
+    keys = ((tuple(cell.strip() for cell in line.split("|")[1:4]), line)
+            for line in RESULTS.read_text(encoding="utf-8").splitlines())  # fmt: skip
+    return {key: line for key, line in keys if key[:1] and key[0] in TARGETS}
+
+
+def store(lines: dict[tuple[str, ...], str]) -> None:
+    """Write TASKS.md."""
+    tasks, stories = list(TARGETS), ("new", "held out")
+    order = sorted(lines, key=lambda key: (tasks.index(key[0]), MODELS.index(key[1]), stories.index(key[2])))
+    table = [
+        "| task | model | stories | metric | score | interval | seconds | target | |",
+        "|---|---|---|---|---:|---|---:|---|---|",
+        *(lines[key] for key in order),
+    ]
+    note = NOTE.format(count=COUNT, small=COUNT_OF_SMOLLM2)
+    text = f"# The toy world's tasks\n\n{note}\n{machine()}\n\n" + "\n".join(table) + "\n"
+    RESULTS.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
@@ -130,11 +155,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="name", help=f"what to measure, of {', '.join(parts)}; else all")
     names = parser.parse_args(arguments).names or list(parts)
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    rows = [row for name in names for row in parts[name]()]
-    print(table(rows))
-    if names == list(parts):
-        note = NOTE.format(count=COUNT, small=COUNT_OF_SMOLLM2)
-        RESULTS.write_text(f"# The toy world's tasks\n\n{note}\n{machine()}\n\n{table(rows)}", encoding="utf-8")
+    rows = []
+    for name in names:
+        rows += parts[name]()
+        store(stored() | lines_of(rows))  # at once: what comes next takes long, and may be stopped
     return int(any(r["target"] and r["interval"].value < r["target"] for r in rows))
 
 
