@@ -140,9 +140,14 @@ class InBlocks(torch.autograd.Function):
         return [(queries, slice(int(c[0]), int(c[-1]) + 1)) for queries, c in zip(blocks, columns, strict=True)]
 
     @staticmethod
+    def hidden(mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What is added to scores, 0 where a token may look and -inf where not: (B, 1, T, T), or for plain causal
+        (BLOCK, BLOCK), since only the last keys of a block are hidden from some of its queries."""
+        return (causal_mask(BLOCK, BLOCK) if mask is None else mask).to(dtype).log()
+
+    @staticmethod
     def probabilities(q: Tensor, k: Tensor, hidden: Tensor, queries: slice, keys: slice) -> Tensor:
-        """Of one block: (B·H, queries, keys). `hidden` is added to the scores, 0 where a token may look and -inf where
-        not: (B, 1, T, T), or for plain causal (BLOCK, BLOCK), since only the last keys are hidden from some queries."""
+        """Of one block: (B·H, queries, keys)."""
         scores = q[:, queries] @ k[:, keys].transpose(-1, -2)
         if hidden.dim() == 4:
             scores.unflatten(0, (len(hidden), -1)).add_(hidden[:, :, queries, keys])
@@ -153,23 +158,24 @@ class InBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        shape = q.shape
+        shape, y = q.shape, torch.empty_like(q)  # laid out as q is: what comes next then reads it as it lies
         q, k, v = (q * shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        hidden = (causal_mask(BLOCK, BLOCK) if mask is None else mask).to(q.dtype).log()
+        hidden = InBlocks.hidden(mask, q.dtype)
         ctx.spans = InBlocks.spans(shape[2], mask)
-        y = torch.empty_like(q)
         for queries, keys in ctx.spans:
-            y[:, queries] = InBlocks.probabilities(q, k, hidden, queries, keys) @ v[:, keys]
-        ctx.save_for_backward(q, k, v, hidden, y)
-        return y.view(shape)
+            p = InBlocks.probabilities(q, k, hidden, queries, keys)
+            y[:, :, queries] = (p @ v[:, keys]).unflatten(0, shape[:2])
+        ctx.save_for_backward(q, k, v, mask, y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, hidden, y = ctx.saved_tensors
+        q, k, v, mask, y = ctx.saved_tensors
+        hidden = InBlocks.hidden(mask, q.dtype)
+        mean = (dy * y).sum(-1, keepdim=True).flatten(0, 1)  # Σ p dp of a query
         shape, dy = dy.shape, dy.flatten(0, 1)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        mean = (dy * y).sum(-1, keepdim=True)  # Σ p dp of a query
         for queries, keys in ctx.spans:
             p = InBlocks.probabilities(q, k, hidden, queries, keys)
             dp = dy[:, queries] @ v[:, keys].transpose(-1, -2)
