@@ -377,6 +377,15 @@ def test_tasks_are_the_worlds_with_their_answers_and_new_at_every_step(kinds, to
                 assert question == "Say it in Chinese." or answer.strip().removeprefix("because ") in told
 
 
+def test_chats_of_like_length_share_a_batch(tokenizers):
+    batches = TaskBatches(tokenizers["chatml"], ["mood"], 4, 48)
+    first = [batches(step) for step in range(TaskBatches.GROUP)]
+    lengths = [(batch.inputs != tokenizers["chatml"].pad_id).sum(1) for batch in first]
+    ranges = sorted((int(length.min()), int(length.max())) for length in lengths)
+    assert all(high <= low for (_, high), (low, _) in zip(ranges, ranges[1:], strict=False))
+    assert [int(length.min()) for length in lengths] != sorted(int(length.min()) for length in lengths)
+
+
 def test_kinds_that_the_world_does_not_have_are_refused(tokenizers):
     for kinds in (["joke"], "mood", []):
         with pytest.raises(ValueError, match="expected a list of some of mood, question"):
